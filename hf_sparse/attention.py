@@ -1,0 +1,207 @@
+"""One attention call: from a pattern to an output."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.backends.dense import dense_attention, draw_edges
+from hf_sparse.backends.gather import gather_attention
+from hf_sparse.patterns import GlobalTokens, Longformer, Pattern, pattern_to_json
+from hf_sparse.shapes import check_attention_inputs, check_token_mask
+
+BACKENDS = ("auto", "dense", "gather")
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    global_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    layer: int = 0,
+    state: nn.Module | None = None,
+    hidden_states: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    head_offset: int = 0,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend along the edges of a pattern, differentiably.
+
+    A query that may read nothing, a padding token among them, gets output 0 and logsumexp -inf. Positions are counted in
+    each row (and document) from its first real token, so padding on the left moves nothing.
+
+    Args:
+        query: float ``[B, H, T, D]``.
+        key: float ``[B, G, S, D]``; ``H`` is a multiple of ``G``.
+        value: float ``[B, G, S, Dv]``.
+        pattern: who reads whom.
+        is_causal: whether keys ahead of the query are left out.
+        key_padding_mask: bool ``[B, S]``, True = a real token.
+        global_mask: bool ``[B, S]``, True = a global token; replaces the pattern's own positions.
+        scale: factor of the scores; ``D ** -0.5`` if None.
+        dropout: probability of dropping an attention probability, from 0 up to but not including 1.
+        layer: index of the layer, at least 0.
+        state: the module that ``pattern.make_state`` made; without it Longformer's global rows use ``query``, ``key`` and
+            ``value`` as well.
+        hidden_states: float ``[B, S, hidden_size]``, what the attention layer was given; needed with ``state``.
+        document_ids: int ``[B, S]``; tokens of equal id are one packed document and read nothing of the others; below 0
+            is padding.
+        query_positions: int64 ``[B, T]``, logical; needed where queries are not the last ``T`` of the keys.
+        key_positions: int64 ``[B, S]``, logical, where the keys are a kept subset.
+        bias: float, broadcastable to ``[B, H, T, S]``, added to the scores. Backend "dense" alone serves it.
+        softcap: caps the scores by ``softcap * tanh(scores / softcap)``. Backend "dense" alone serves it.
+        sinks: float ``[H]``, a score of each head that gives nothing. Backend "dense" alone serves it.
+        head_offset: index of the first head held here, for tensor or sequence parallel ranks.
+        backend: "gather" (blocks, any device), "dense" (a mask of T x S) or "auto" (dense where the scores need what only
+            dense serves, else gather).
+        return_lse: whether to return the logsumexp as well.
+
+    Returns:
+        Output ``[B, H, T, Dv]``; with ``return_lse`` also the logsumexp ``[B, H, T]``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: if shapes do not fit, the backend is unknown or cannot serve the call, or a mask means nothing to
+            the pattern.
+        TypeError: if a dtype is wrong or ``pattern`` is no pattern.
+    """
+    check_attention_inputs(query, key, value)
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a pattern such as hf_sparse.pattern('band'), got {pattern!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    batch, tokens = key.shape[0], key.shape[2]
+    for name, mask in (("key_padding_mask", key_padding_mask), ("global_mask", global_mask)):
+        if mask is not None:
+            check_token_mask(mask, name, batch=batch, tokens=tokens)
+    if document_ids is not None:
+        check_token_mask(document_ids, "document_ids", batch=batch, tokens=tokens, is_boolean=False)
+    check_global_mask_means_something(pattern, global_mask)
+    backend = _choose_backend(backend, bias=bias, softcap=softcap, sinks=sinks)
+    positions = _positions(query, key, key_padding_mask, document_ids, query_positions, key_positions)
+    masks = (key_padding_mask, global_mask, document_ids, *positions)
+    settings: dict[str, Any] = {
+        "pattern": pattern_to_json(pattern),
+        "layer": layer,
+        "is_causal": is_causal,
+        "head_offset": head_offset,
+    }
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, rows: str) -> tuple[Tensor, Tensor]:
+        if backend == "dense":
+            drawn = draw_edges(q, k, *masks, **settings, rows=rows)
+            return dense_attention(
+                q, k, v, drawn, scale=scale, dropout=dropout, bias=bias, softcap=softcap, sinks=sinks
+            )
+        # drawn on the CPU from the global generator, so that checkpointing repeats it
+        seed = torch.randint(0, 2**62, (1,)) if dropout else None
+        return gather_attention(q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows)
+
+    if state is None:
+        out, lse = run(query, key, value, "with")
+    else:
+        out, lse = _with_global_projections(run, query, key, value, pattern, state, hidden_states, global_mask)
+    return (out, lse) if return_lse else out
+
+
+def check_global_mask_means_something(pattern: Pattern, global_mask: Tensor | None) -> None:
+    """Refuse a global mask for a pattern that has no global tokens.
+
+    Raises:
+        ValueError: if there is a mask and the pattern would ignore it.
+    """
+    if global_mask is not None and not pattern.has_global_tokens:
+        raise ValueError(
+            f"a global mask was given, but pattern {pattern.key!r} has no global tokens; "
+            f"use a union such as pattern | hf_sparse.pattern('global')"
+        )
+
+
+def _choose_backend(backend: str, **only_dense: Tensor | float | None) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    wanted = [name for name, value in only_dense.items() if value is not None]
+    if backend == "gather" and wanted:
+        raise ValueError(f"backend 'gather' does not serve {', '.join(wanted)}; pass backend='dense'")
+    if backend == "auto":
+        return "dense" if wanted else "gather"
+    return backend
+
+
+def _positions(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return logical positions of queries and keys where the queries are not the keys, else two Nones."""
+    batch, tokens, keys = query.shape[0], query.shape[2], key.shape[2]
+    if tokens == keys and query_positions is None and key_positions is None:
+        return None, None
+    if document_ids is not None:
+        raise ValueError("document_ids cannot be used where the queries are not the keys")
+    if query_positions is None and tokens > keys:
+        raise ValueError(f"{tokens} queries over {keys} keys need query_positions")
+    index = torch.arange(keys, device=key.device).expand(batch, -1)
+    first = torch.zeros(batch, 1, dtype=torch.int64, device=key.device)
+    if key_padding_mask is not None:
+        first = key_padding_mask.int().argmax(1, keepdim=True)
+    if key_positions is None:
+        key_positions = index - first
+    if query_positions is None:
+        query_positions = key_positions[:, keys - tokens :]
+    for name, positions, count in (("query_positions", query_positions, tokens), ("key_positions", key_positions, keys)):
+        check_token_mask(positions, name, batch=batch, tokens=count, is_boolean=False)
+    return query_positions, key_positions
+
+
+def _with_global_projections(
+    run: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    state: nn.Module,
+    hidden_states: Tensor | None,
+    global_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the rows of global tokens on projections of their own; they take the place of what the others gave them."""
+    if hidden_states is None:
+        raise ValueError("state was given without hidden_states, which its projections read")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"pattern {pattern.key!r} with global projections cannot serve cached decoding; set global_projections=False"
+        )
+    out, lse = run(query, key, value, "without")
+    if global_mask is None and not names_global_tokens(pattern):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in state.parameters()):
+            # unused weights still take part, with gradient 0: distributed training waits for all of them
+            out = out + 0.0 * sum(p.sum() for p in state.parameters()).to(out.dtype)  # type: ignore[union-attr]
+        return out, lse
+    row_out, row_lse = run(*state(hidden_states), "only")
+    is_row = row_lse > float("-inf")
+    return torch.where(is_row[..., None], row_out, out), torch.where(is_row, row_lse, lse)
+
+
+def names_global_tokens(pattern: Pattern) -> bool:
+    """Say whether a pattern names global tokens itself, in any member."""
+    if isinstance(pattern, Longformer):
+        return bool(pattern.global_tokens)
+    if isinstance(pattern, GlobalTokens):
+        return bool(pattern.positions)
+    return any(names_global_tokens(member) for member in getattr(pattern, "members", ()))

@@ -1,0 +1,117 @@
+"""The ``dense`` backend: a mask of N x N and one softmax. The reference that ships; for short sequences."""
+
+import torch
+from torch import Tensor
+
+from hf_sparse.parts import Scope, edge_mask, with_global_positions
+from hf_sparse.patterns import pattern_from_json
+from hf_sparse.segments import find_segments
+
+
+@torch.library.custom_op("hf_sparse::edge_mask", mutates_args=())
+def draw_edges(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    global_mask: Tensor | None,
+    document_ids: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    pattern: str,
+    layer: int,
+    is_causal: bool,
+    head_offset: int,
+    rows: str,
+) -> Tensor:
+    """Draw the edges of a batch; arguments as for ``hf_sparse::gather``.
+
+    Returns:
+        bool ``[B, H, T, S]``; True where the query reads the key.
+    """
+    batch, heads, tokens = query.shape[:3]
+    keys = key.shape[2]
+    rule = pattern_from_json(pattern)
+    mask = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
+
+    def draw(length: int, held: tuple[int, ...] | None, q: Tensor, k: Tensor) -> Tensor:
+        parts = rule.parts(Scope(length, heads, layer, is_causal, head_offset))
+        parts = with_global_positions(parts, held)
+        return edge_mask(parts, q[:, None], k[None, :], heads=heads, is_causal=is_causal, rows=rows)
+
+    if query_positions is not None and key_positions is not None:
+        for row in range(batch):
+            q, k = query_positions[row].cpu(), key_positions[row].cpu()
+            held = None if global_mask is None else tuple(k[global_mask[row].cpu()].tolist())
+            mask[row] = draw(int(k.max()) + 1, held, q, k)
+            if key_padding_mask is not None:
+                mask[row] &= key_padding_mask[row].cpu()
+        return mask.to(query.device)
+    for segment in find_segments(
+        batch,
+        keys,
+        key_padding_mask=key_padding_mask,
+        document_ids=document_ids,
+        global_mask=global_mask,
+        reads_padding=rule.reads_padding,
+    ):
+        at = slice(segment.start, segment.stop)
+        position = torch.arange(segment.stop - segment.start)
+        drawn = draw(len(position), segment.global_positions, position, position)
+        drawn[:, :, list(segment.invalid)] = False
+        mask[segment.row, :, at, at] = drawn
+    return mask.to(query.device)
+
+
+@draw_edges.register_fake
+def _(query, key, *_args):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.bool)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend under a mask; half precision is computed in float32.
+
+    Args:
+        query: float ``[B, H, T, D]``.
+        key: float ``[B, G, S, D]``.
+        value: float ``[B, G, S, Dv]``.
+        mask: bool, broadcastable to ``[B, H, T, S]``; True where the query reads the key.
+        scale: factor of the scores.
+        dropout: probability of dropping an attention probability.
+        bias: float, broadcastable to ``[B, H, T, S]``, added to the scaled (and capped) scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        sinks: float ``[H]``, a score of each head that takes its share of the softmax and gives nothing.
+
+    Returns:
+        Output ``[B, H, T, Dv]`` in the dtype of the query, and logsumexp ``[B, H, T]``.
+    """
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    ratio = query.shape[1] // key.shape[1]
+    k, v = (t.to(exact).repeat_interleave(ratio, 1) if ratio > 1 else t.to(exact) for t in (key, value))
+    scores = (query.to(exact) * scale) @ k.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(exact).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    # a query that reads nothing: its row of -inf is set to 0 before, and its output to 0 after
+    is_empty = (scores == float("-inf")).all(-1, keepdim=True)
+    lse = scores.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True)
+    probabilities = (scores - lse).exp().masked_fill(is_empty, 0.0)
+    if sinks is not None:
+        probabilities = probabilities[..., :-1]
+    out = torch.nn.functional.dropout(probabilities, dropout) @ v
+    return out.to(query.dtype), lse.masked_fill(is_empty, float("-inf"))[..., 0]

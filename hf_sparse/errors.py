@@ -1,0 +1,13 @@
+"""Errors that a caller may want to catch by name."""
+
+
+class HfSparseError(Exception):
+    """The parent of every error class of this package."""
+
+
+class UnsupportedModelError(HfSparseError, ValueError):
+    """A model whose attention cannot be made sparse by this package; the message names it and says why."""
+
+
+class ConversionError(HfSparseError, ValueError):
+    """A conversion that cannot be done or could not be finished; nothing was left at the destination."""

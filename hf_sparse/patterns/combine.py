@@ -1,0 +1,179 @@
+"""Patterns made of patterns: unions, and different patterns on different heads."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from hf_sparse.parts import Part, Scope
+from hf_sparse.patterns.pattern import Pattern, check_count
+
+
+@dataclass(frozen=True)
+class _Combination(Pattern):
+    """What unions and patterns by head share: they ask their members."""
+
+    @property
+    def members(self) -> tuple[Pattern, ...]:
+        raise NotImplementedError
+
+    @property
+    def has_global_tokens(self) -> bool:
+        return any(member.has_global_tokens for member in self.members)
+
+    @property
+    def reads_padding(self) -> bool:
+        return any(member.reads_padding for member in self.members)
+
+    @property
+    def varies_by_layer(self) -> bool:
+        return any(member.varies_by_layer for member in self.members)
+
+    def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
+        for member in self.members:
+            member.check(num_layers=num_layers, num_heads=num_heads, length=length)
+
+    def make_state(
+        self, *, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int
+    ) -> nn.Module | None:
+        states = [
+            member.make_state(
+                hidden_size=hidden_size,
+                num_heads=num_heads,
+                num_key_value_heads=num_key_value_heads,
+                head_dim=head_dim,
+            )
+            for member in self.members
+        ]
+        owned = [state for state in states if state is not None]
+        if len(owned) > 1:
+            raise ValueError(
+                "at most one member of a combination may own weights on a layer; set global_projections=False on the others"
+            )
+        return owned[0] if owned else None
+
+    def _check_one_length(self) -> None:
+        if len({member.reads_padding for member in self.members}) > 1:
+            raise ValueError("patterns laid over the real and over the padded length cannot be combined")
+
+
+@dataclass(frozen=True)
+class Union(_Combination):
+    """A pair is an edge if it is one in any member; it counts once.
+
+    Args:
+        patterns: the members, at least one.
+    """
+
+    key: ClassVar[str] = "union"
+    patterns: tuple[Pattern, ...] = ()
+
+    def __post_init__(self) -> None:
+        flat: list[Pattern] = []
+        for pattern in self.patterns:
+            if not isinstance(pattern, Pattern):
+                raise TypeError(f"a union is made of patterns, got {pattern!r}")
+            flat += pattern.patterns if isinstance(pattern, Union) else (pattern,)
+        if not flat:
+            raise ValueError("a union needs at least one pattern")
+        object.__setattr__(self, "patterns", tuple(flat))
+        self._check_one_length()
+
+    @property
+    def members(self) -> tuple[Pattern, ...]:
+        return self.patterns
+
+    def parts(self, scope: Scope) -> tuple[Part, ...]:
+        return tuple(part for member in self.patterns for part in member.parts(scope))
+
+    def wide_open(self, length: int) -> "Union":
+        opened, errors = [], []
+        for member in self.patterns:
+            try:
+                opened.append(member.wide_open(length))
+            except ValueError as error:
+                opened.append(member)
+                errors.append(error)
+        if len(errors) == len(self.patterns):
+            raise errors[0]
+        return Union(tuple(opened))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"key": self.key, "patterns": [member.to_dict() for member in self.patterns]}
+
+
+@dataclass(frozen=True)
+class ByHead(_Combination):
+    """Different patterns on different heads.
+
+    Args:
+        heads: the heads of each member; together 0 ... H - 1, each once.
+        patterns: the members, in the same order.
+    """
+
+    key: ClassVar[str] = "by_head"
+    heads: tuple[tuple[int, ...], ...] = ()
+    patterns: tuple[Pattern, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", tuple(tuple(group) for group in self.heads))
+        object.__setattr__(self, "patterns", tuple(self.patterns))
+        for head in (head for group in self.heads for head in group):
+            check_count(head, "a head", least=0)
+        for pattern in self.patterns:
+            if not isinstance(pattern, Pattern):
+                raise TypeError(f"by_head maps heads to patterns, got {pattern!r}")
+        named = sorted(head for group in self.heads for head in group)
+        if not named or named != list(range(len(named))) or len(self.heads) != len(self.patterns):
+            raise ValueError(f"by_head must name each head from 0 on exactly once, got heads {named}")
+        self._check_one_length()
+
+    @property
+    def members(self) -> tuple[Pattern, ...]:
+        return self.patterns
+
+    def parts(self, scope: Scope) -> tuple[Part, ...]:
+        last = scope.head_offset + scope.heads
+        named = sum(map(len, self.heads))
+        if last > named:
+            raise ValueError(f"by_head names {named} heads, but there are {last}")
+        parts: list[Part] = []
+        for group, member in zip(self.heads, self.patterns, strict=True):
+            held = frozenset(head - scope.head_offset for head in group if scope.head_offset <= head < last)
+            for part in member.parts(scope) if held else ():
+                heads = held if part.heads is None else held & part.heads
+                parts.append(dataclasses.replace(part, heads=heads))
+        return tuple(parts)
+
+    def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
+        super().check(num_layers=num_layers, num_heads=num_heads, length=length)
+        named = sum(map(len, self.heads))
+        if named != num_heads:
+            raise ValueError(f"by_head names {named} heads, but the model has {num_heads}")
+
+    def wide_open(self, length: int) -> "ByHead":
+        return ByHead(self.heads, tuple(member.wide_open(length) for member in self.patterns))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "heads": [list(group) for group in self.heads],
+            "patterns": [member.to_dict() for member in self.patterns],
+        }
+
+
+def by_head(patterns: Mapping[int | Iterable[int], Pattern]) -> ByHead:
+    """Return different patterns on different heads.
+
+    Args:
+        patterns: maps a head or a range of heads to a pattern; together the keys name each head once.
+
+    Raises:
+        ValueError: if a head is named twice or left out.
+    """
+    heads = tuple((group,) if isinstance(group, int) else tuple(group) for group in patterns)
+    return ByHead(heads, tuple(patterns.values()))
+
+

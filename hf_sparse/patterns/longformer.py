@@ -1,0 +1,131 @@
+"""Longformer: a window, and a few global tokens with projections of their own."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hf_sparse.parts import Globals, Part, Scope, Window
+from hf_sparse.patterns.global_tokens import check_positions
+from hf_sparse.patterns.pattern import Pattern, check_count
+
+
+@dataclass(frozen=True)
+class Longformer(Pattern):
+    """Every token reads ``window / 2`` tokens to each side (window + 1 keys) and the global tokens; those read all.
+
+    Args:
+        window: both sides together, in tokens, even, at least 2; one number, or one for each layer.
+        global_tokens: logical positions of the global tokens when a call brings no ``global_mask``. Empty, as the bare
+            in-tree ``LongformerModel``; task heads set their own (CLS, the question, ``<s>``).
+        dilation: distance between neighbouring keys of the window, at least 1; one number, or one for each head. The
+            window then reaches ``dilation`` times as far with as many keys.
+        global_projections: whether the rows of global tokens use query, key and value projections of their own, which
+            a conversion starts as copies. Without them, or without a ``state``, they use the layer's own.
+
+    Source: Beltagy et al. 2020, arXiv:2004.05150, sections 3.1 and 3.2. As in the published code, global tokens are
+    counted once where they also fall into the window. The published dilated kernel reaches ``window`` to each side; ours
+    reaches ``window / 2`` with or without dilation.
+    """
+
+    key: ClassVar[str] = "longformer"
+    window: int | tuple[int, ...] = 512
+    global_tokens: tuple[int, ...] = ()
+    dilation: int | tuple[int, ...] = 1
+    global_projections: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", _one_or_many(self.window, "window", least=2))
+        object.__setattr__(self, "dilation", _one_or_many(self.dilation, "dilation", least=1))
+        object.__setattr__(self, "global_tokens", check_positions(self.global_tokens, "global_tokens"))
+        for window in self.window if isinstance(self.window, tuple) else (self.window,):
+            if window % 2:
+                raise ValueError(f"window must be even (half to each side), got {window}; try {window + 1}")
+        if not isinstance(self.global_projections, bool):
+            raise TypeError(f"global_projections must be true or false, got {self.global_projections!r}")
+
+    @property
+    def has_global_tokens(self) -> bool:
+        return True
+
+    @property
+    def varies_by_layer(self) -> bool:
+        return isinstance(self.window, tuple)
+
+    def parts(self, scope: Scope) -> tuple[Part, ...]:
+        if isinstance(self.window, tuple):
+            if scope.layer >= len(self.window):
+                raise ValueError(f"window has {len(self.window)} entries, one a layer, but this is layer {scope.layer}")
+            reach = self.window[scope.layer] // 2
+        else:
+            reach = self.window // 2
+        globals_ = Globals(positions=self.global_tokens)
+        if isinstance(self.dilation, int):
+            return (Window(before=reach, after=reach, dilation=self.dilation), globals_)
+        last = scope.head_offset + scope.heads
+        if last > len(self.dilation):
+            raise ValueError(f"dilation has {len(self.dilation)} entries, one a head, but there are {last} heads")
+        held = self.dilation[scope.head_offset : last]
+        windows = [
+            Window(
+                heads=frozenset(head for head, own in enumerate(held) if own == dilation),
+                before=reach,
+                after=reach,
+                dilation=dilation,
+            )
+            for dilation in sorted(set(held))
+        ]
+        return (*windows, globals_)
+
+    def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
+        if isinstance(self.window, tuple) and len(self.window) != num_layers:
+            raise ValueError(f"window has {len(self.window)} entries, one a layer, but the model has {num_layers}")
+        if isinstance(self.dilation, tuple) and len(self.dilation) != num_heads:
+            raise ValueError(f"dilation has {len(self.dilation)} entries, one a head, but the model has {num_heads}")
+
+    def wide_open(self, length: int) -> "Longformer":
+        return Longformer(2 * length, self.global_tokens, 1, self.global_projections)
+
+    def make_state(
+        self, *, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int
+    ) -> nn.Module | None:
+        if not self.global_projections:
+            return None
+        return GlobalProjections(hidden_size, num_heads, num_key_value_heads, head_dim)
+
+
+class GlobalProjections(nn.Module):
+    """Projections for the rows of global tokens: their queries, and the keys and values of all tokens."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.query = nn.Linear(hidden_size, num_heads * head_dim)
+        self.key = nn.Linear(hidden_size, num_key_value_heads * head_dim)
+        self.value = nn.Linear(hidden_size, num_key_value_heads * head_dim)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project.
+
+        Args:
+            hidden_states: float ``[B, S, hidden_size]``, what the attention layer was given.
+
+        Returns:
+            query ``[B, H, S, D]``, key and value ``[B, G, S, D]``.
+        """
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        return query, key, value
+
+
+def _one_or_many(value: Any, name: str, *, least: int) -> int | tuple[int, ...]:
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ValueError(f"{name} must be one number or a number for each, got none")
+        for one in value:
+            check_count(one, name, least=least)
+        return tuple(value)
+    check_count(value, name, least=least)
+    return int(value)

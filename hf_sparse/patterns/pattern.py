@@ -1,0 +1,131 @@
+"""What every pattern is: a frozen dataclass under a key, with a rule, serialisation and checks."""
+
+import dataclasses
+import functools
+import json
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.parts import Part, Scope, edge_mask
+from hf_sparse.plan import make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Who may read whom. Subclasses are frozen dataclasses whose fields are hyper-parameters under the field's names.
+
+    A position-based pattern answers :meth:`parts`; everything else follows from that.
+    """
+
+    key: ClassVar[str]
+
+    def parts(self, scope: Scope) -> tuple[Part, ...]:
+        """Return the parts whose union is this pattern, for one layer and one length."""
+        raise NotImplementedError
+
+    @property
+    def has_global_tokens(self) -> bool:
+        """Whether a ``global_mask`` means something to this pattern."""
+        return False
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether the padded length, not the real one, shapes the pattern."""
+        return False
+
+    @property
+    def varies_by_layer(self) -> bool:
+        """Whether layers of one model get different parts."""
+        return False
+
+    def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
+        """Check that the pattern fits a model.
+
+        Args:
+            num_layers: self-attention layers of the stack.
+            num_heads: query heads of a layer.
+            length: the longest input of the model, in tokens; None skips checks against it.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+
+    def wide_open(self, length: int) -> "Pattern":
+        """Return the same system with settings under which every token reads every token.
+
+        Args:
+            length: tokens of the longest sequence.
+
+        Raises:
+            ValueError: if no setting of this system does that.
+        """
+        raise ValueError(f"pattern {self.key!r} has no setting under which every token reads every token")
+
+    def make_state(
+        self, *, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int
+    ) -> nn.Module | None:
+        """Return a new module with the weights this pattern owns on each layer, or None where it owns none."""
+        return None
+
+    def mask(self, n: int, *, heads: int = 1, layer: int = 0, is_causal: bool = False) -> Tensor:
+        """Draw the pattern, for looking and testing.
+
+        Args:
+            n: tokens, at least 1.
+            heads: number of heads, at least 1.
+            layer: index of the layer.
+            is_causal: whether keys ahead of the query are left out.
+
+        Returns:
+            bool ``[heads, n, n]``; True where the query (row) reads the key (column).
+        """
+        if n < 1 or heads < 1:
+            raise ValueError(f"n and heads must be at least 1, got n={n}, heads={heads}")
+        position = torch.arange(n)
+        parts = self.parts(Scope(n, heads, layer, is_causal))
+        return edge_mask(parts, position[:, None], position[None, :], heads=heads, is_causal=is_causal)
+
+    def density(self, n: int, *, heads: int = 1, layer: int = 0, is_causal: bool = False) -> float:
+        """Return the number of edges over ``n**2``, each edge once, averaged over heads.
+
+        Counted from the plan, in time and memory of the blocks read: no mask of n x n is made.
+        """
+        scope = Scope(n, heads, layer, is_causal)
+        return make_plan(self.parts(scope), scope).count_edges() / (heads * n * n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the pattern as plain JSON values; the inverse of ``pattern_from_dict``."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"key": self.key, **fields}
+
+    def __or__(self, other: "Pattern") -> "Pattern":
+        from hf_sparse.patterns.combine import Union
+
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        return Union((self, other))
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+@functools.lru_cache(maxsize=256)
+def pattern_to_json(pattern: Pattern) -> str:
+    """Return the pattern as one line of JSON, the form in which it crosses into compiled graphs."""
+    return json.dumps(pattern.to_dict(), sort_keys=True)
+
+
+def check_count(value: Any, name: str, *, least: int) -> None:
+    """Check a field that counts something.
+
+    Raises:
+        TypeError: if the value is no int.
+        ValueError: if it is below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,463 @@
+"""Plans: the parts of a pattern cut into tiles of work that a backend runs one after another.
+
+A tile is one dense attention call: some queries against some keys, with a mask where not every pair is an edge. The
+tiles of a plan do not overlap, so merging their outputs by logsumexp is exact and a pair counts once. Building a plan
+costs O(blocks read).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_sparse.parts import BlockTable, BlockWindow, Globals, Part, Scope, Window, edge_mask
+
+# score elements of one kernel call: bounds the memory of backends that hold scores
+MAX_SCORES = 1 << 21
+# masks up to this many elements are kept with the plan; larger ones are made anew for each use
+_KEPT_MASK = 1 << 17
+
+
+class Mask:
+    """A mask that is made when it is needed, and kept if it is small."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def boolean(self) -> Tensor:
+        """Return bool ``[..., T, S]`` on the CPU; True where the query reads the key."""
+        return self._keep(torch.bool, torch.device("cpu"), self._make)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the mask on a device."""
+        return self._keep(torch.bool, device, lambda: self.boolean().to(device))
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """Return the mask on the CPU as a term of the scores: 0 where True, -inf elsewhere."""
+
+        def make() -> Tensor:
+            mask = self.boolean()
+            return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+        return self._keep(dtype, torch.device("cpu"), make)
+
+    def _keep(self, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        if (dtype, device) in self._kept:
+            return self._kept[dtype, device]
+        made = make()
+        if made.numel() <= _KEPT_MASK:
+            self._kept[dtype, device] = made
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Queries against keys, for all heads of its group.
+
+    Attributes:
+        q: the queries: a slice, or int64 positions.
+        k: the keys: a slice, or int64 positions.
+        mask: bool ``[Tq, Sk]`` or ``[1, H, Tq, Sk]``, or None where every pair is an edge.
+        is_first: whether no earlier tile wrote to these queries.
+        is_row: whether these are rows of global tokens, which overwrite what earlier tiles wrote.
+    """
+
+    q: slice | Tensor
+    k: slice | Tensor
+    mask: Mask | None
+    is_first: bool
+    is_row: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Consecutive blocks of queries, each against a window of keys at the same place beside it, read as strided views.
+
+    The sequence is ``tokens[offset::step]``; block i holds the queries from ``first + i * block`` on and reads ``width``
+    keys from ``first + i * block - back`` on. All blocks share one mask ``[block, width]``.
+    """
+
+    offset: int
+    step: int
+    first: int
+    blocks: int
+    block: int
+    back: int
+    width: int
+    mask: Mask | None
+    is_first: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """Consecutive blocks of queries, each against keys named by index.
+
+    Attributes:
+        heads: heads it serves, counted within its group.
+        first: position of the first query.
+        block: queries of a block.
+        index: int64 ``[blocks, width]``, positions of the keys; where the mask is False any valid position.
+        mask: bool ``[blocks, block, width]``, or None where every pair is an edge.
+        is_first: as for a tile.
+    """
+
+    heads: tuple[int, ...]
+    first: int
+    block: int
+    index: Tensor
+    mask: Mask | None
+    is_first: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Heads that share their parts, and the work for them.
+
+    Attributes:
+        heads: the heads, ascending.
+        work: what to run, in this order.
+        rows: int64, global queries; their row tiles come last and overwrite what other tiles wrote.
+    """
+
+    heads: tuple[int, ...]
+    work: tuple[Tile | Run | Gather, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All work of one attention layer on one sequence."""
+
+    length: int
+    groups: tuple[Group, ...] = field(default=())
+
+    def count_edges(self) -> int:
+        """Return the number of edges over all heads, each once."""
+        return sum(_count_group(group, self.length) for group in self.groups)
+
+
+def make_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] = (), rows: str = "with") -> Plan:
+    """Cut parts into tiles.
+
+    Args:
+        parts: the parts of a pattern for this scope.
+        scope: length, heads and causality.
+        invalid: positions that are no real tokens: nobody reads them.
+        rows: "with" the rows of global tokens, "without" them (they get nothing), or "only" them.
+
+    Returns:
+        The plan. Tiles of different parts are disjoint: a later part gives up the edges of earlier ones.
+    """
+    by_parts: dict[tuple[int, ...], list[int]] = {}
+    for head in range(scope.heads):
+        held = tuple(i for i, part in enumerate(parts) if part.heads is None or head in part.heads)
+        by_parts.setdefault(held, []).append(head)
+    groups = []
+    for held, heads in by_parts.items():
+        builder = _GroupBuilder([parts[i] for i in held], tuple(heads), scope, invalid)
+        groups.append(builder.build(rows))
+    return Plan(scope.length, tuple(groups))
+
+
+def make_positional_plan(
+    parts: Sequence[Part], scope: Scope, q_positions: Tensor, k_positions: Tensor, is_real: Tensor, *, rows: str = "with"
+) -> Plan:
+    """Cut attention of a few queries over many keys into tiles, for positions of any order, as in cached decoding.
+
+    Args:
+        parts: the parts of a pattern for this scope.
+        scope: length, heads and causality.
+        q_positions: int64 ``[T]``, logical positions of the queries.
+        k_positions: int64 ``[S]``, logical positions of the keys.
+        is_real: bool ``[S]``; False where nobody reads the key.
+        rows: as for ``make_plan``.
+
+    Returns:
+        A plan whose tiles hold slices of the queries against all keys.
+    """
+    step = max(1, min(256, MAX_SCORES // max(len(k_positions) * scope.heads, 1)))
+
+    def mask_of(q: Tensor) -> Tensor:
+        mask = edge_mask(
+            tuple(parts), q[:, None], k_positions[None, :], heads=scope.heads, is_causal=scope.is_causal, rows=rows
+        )
+        return (mask & is_real)[None]
+
+    work = [
+        Tile(slice(a, a + step), slice(0, len(k_positions)), Mask(lambda a=a: mask_of(q_positions[a : a + step])), True)  # type: ignore[misc]
+        for a in range(0, len(q_positions), step)
+    ]
+    group = Group(tuple(range(scope.heads)), tuple(work), torch.empty(0, dtype=torch.int64))
+    return Plan(len(q_positions), (group,))
+
+
+class _GroupBuilder:
+    """Cuts the parts of one group of heads."""
+
+    def __init__(self, parts: list[Part], heads: tuple[int, ...], scope: Scope, invalid: tuple[int, ...]) -> None:
+        self.n, self.is_causal, self.heads = scope.length, scope.is_causal, heads
+        self.is_invalid = torch.zeros(self.n, dtype=torch.bool)
+        self.is_invalid[list(invalid)] = True
+        self.is_global = torch.zeros(self.n, dtype=torch.bool)
+        for part in parts:
+            if isinstance(part, Globals):
+                self.is_global[[p for p in part.positions if p < self.n]] = True
+        # windows come first: what they cover is known from the distance alone, so blocks after them keep one mask
+        order: list[type[Part]] = [Window, BlockWindow, BlockTable]
+        self.parts = sorted((p for p in parts if not isinstance(p, Globals)), key=lambda p: order.index(type(p)))
+        full = [part for part in self.parts if self._covers_all(part)]
+        self.is_full = bool(full)
+        if full:
+            self.parts = full[:1]
+        self.is_excluded = self.is_invalid if self.is_full else self.is_invalid | self.is_global
+
+    def build(self, rows: str) -> Group:
+        work: list[Tile | Run | Gather] = []
+        if rows != "only":
+            for i, part in enumerate(self.parts):
+                if isinstance(part, BlockTable):
+                    work += self._table_work(part, self.parts[:i])
+                else:
+                    work += self._window_work(part, self.parts[:i])
+            if not self.is_full:
+                work += self._column_tiles(is_first=not self.parts)
+        if rows == "with" and self.is_full:
+            return Group(self.heads, tuple(work), torch.empty(0, dtype=torch.int64))
+        if rows != "without":
+            work += self._row_tiles()
+        return Group(self.heads, tuple(work), self.is_global.nonzero()[:, 0])
+
+    def _covers_all(self, part: Part) -> bool:
+        last = self.n - 1
+        if isinstance(part, Window):
+            behind = part.before is None or part.before >= last
+            ahead = self.is_causal or part.after is None or part.after >= last
+            return part.dilation == 1 and behind and ahead
+        if isinstance(part, BlockWindow):
+            last_block = last // part.block
+            return part.before >= last_block and (self.is_causal or part.after >= last_block)
+        return False
+
+    def _rule(self, part: Part, earlier: Sequence[Part], q: Tensor, k: Tensor, head: int = 0) -> Tensor:
+        """Return bool ``[..., T, S]``: edges of this part that no earlier part has; q ``[..., T]``, k ``[..., S]``."""
+        q, k = q[..., :, None], k[..., None, :]
+        mask = _on_head(part.allows(q, k), head)
+        for other in earlier:
+            mask = mask & ~_on_head(other.allows(q, k), head)
+        mask = mask & ~self.is_excluded[k]
+        return mask & (k <= q) if self.is_causal else mask
+
+    def _window_work(self, part: Part, earlier: Sequence[Part]) -> Iterator[Tile | Run]:
+        if isinstance(part, Window):
+            for offset in range(min(part.dilation, self.n)):
+                tokens = -(-(self.n - offset) // part.dilation)
+                back = tokens - 1 if part.before is None else min(part.before, tokens - 1)
+                ahead = tokens - 1 if part.after is None else min(part.after, tokens - 1)
+                ahead = 0 if self.is_causal else ahead
+                block = _window_block(tokens, back + ahead)
+                yield from self._blocks(part, earlier, offset, part.dilation, block, back, ahead)
+        elif isinstance(part, BlockWindow):
+            block = min(part.block, self.n)
+            ahead = 0 if self.is_causal else part.after * block
+            yield from self._blocks(part, earlier, 0, 1, block, part.before * block, ahead)
+
+    def _blocks(
+        self, part: Part, earlier: Sequence[Part], offset: int, step: int, block: int, back: int, ahead: int
+    ) -> Iterator[Tile | Run]:
+        """Cut ``tokens[offset::step]`` into blocks of queries, each against the keys around it."""
+        excluded_before = torch.nn.functional.pad(self.is_excluded[offset::step].cumsum(0), (1, 0))
+        tokens = len(excluded_before) - 1
+        width = back + block + ahead
+        start = torch.arange(0, tokens, block)
+        low, high = start - back, start + block + ahead
+        inside = (low >= 0) & (high <= tokens) & (start + block <= tokens)
+        clean = excluded_before[high.clamp(max=tokens)] == excluded_before[low.clamp(min=0)]
+        same = all(isinstance(other, Window) for other in earlier) and block * width <= MAX_SCORES
+        shared = (inside & clean).tolist() if same else [False] * len(start)
+        longest = max(1, MAX_SCORES // (block * width))
+        run_mask: Mask | None | str = "unknown"
+        i = 0
+        while i < len(shared):
+            first = i * block
+            if not shared[i]:
+                yield from self._trimmed(part, earlier, offset, step, first, min(first + block, tokens), back, ahead)
+                i += 1
+                continue
+            stop = i
+            while stop < len(shared) and shared[stop] and stop - i < longest:
+                stop += 1
+            if isinstance(run_mask, str):
+                q = offset + step * torch.arange(first, first + block)
+                k = offset + step * torch.arange(first - back, first - back + width)
+                run_mask = _mask_unless_full(self._rule(part, earlier, q, k))
+            yield Run(offset, step, first, stop - i, block, back, width, run_mask, not earlier)
+            i = stop
+
+    def _trimmed(
+        self, part: Part, earlier: Sequence[Part], offset: int, step: int, first: int, end: int, back: int, ahead: int
+    ) -> Iterator[Tile]:
+        """Cut one block of queries at the borders of the sequence, in slices of at most ``MAX_SCORES`` scores."""
+        tokens = -(-(self.n - offset) // step)
+        block_size = part.block if isinstance(part, BlockWindow) else 0
+        low = max(0, first - back)
+        high = min(tokens, (first + block_size if block_size else end) + ahead)
+        # the diagonal block of a long causal row is cut off, so that what is before it needs no mask
+        cuts = [(low, high)]
+        if self.is_causal and end - low > 2 * (end - first) and self.is_full:
+            cuts = [(low, first), (first, end)]
+        for part_low, part_high in cuts:
+            rows = max(1, min(end - first, MAX_SCORES // max(part_high - part_low, 1)))
+            for a in range(first, end, rows):
+                b = min(a + rows, end)
+                q = offset + step * torch.arange(a, b)
+                k = offset + step * torch.arange(part_low, part_high)
+                mask = self._lazy_mask(part, earlier, q, k)
+                q_slice = slice(offset + step * a, offset + step * (b - 1) + 1, step)
+                k_slice = slice(offset + step * part_low, offset + step * (part_high - 1) + 1, step)
+                yield Tile(q_slice, k_slice, mask, not earlier and part_low == low)
+
+    def _lazy_mask(self, part: Part, earlier: Sequence[Part], q: Tensor, k: Tensor) -> Mask | None:
+        if self.is_full and not self.is_causal and not self.is_excluded.any():
+            return None
+        if len(q) * len(k) <= _KEPT_MASK:
+            return _mask_unless_full(self._rule(part, earlier, q, k))
+        return Mask(lambda: self._rule(part, earlier, q, k))
+
+    def _table_work(self, part: BlockTable, earlier: Sequence[Part]) -> Iterator[Tile | Gather]:
+        per_head = part.table.shape[0] > 1 or any(isinstance(p, BlockTable) and p.table.shape[0] > 1 for p in earlier)
+        if not per_head:
+            yield from self._table_rows(part, earlier, part.table[0], tuple(range(len(self.heads))), 0)
+            return
+        for i, head in enumerate(self.heads):
+            table = part.table[head if part.table.shape[0] > 1 else 0]
+            yield from self._table_rows(part, earlier, table, (i,), head)
+
+    def _table_rows(
+        self, part: BlockTable, earlier: Sequence[Part], table: Tensor, heads: tuple[int, ...], head: int
+    ) -> Iterator[Gather]:
+        size = part.block
+        rows = -(-self.n // size)
+        table = table[:rows].clone()
+        table[table >= rows] = -1
+        if self.is_causal:
+            table[table > torch.arange(rows)[:, None]] = -1
+        table = table.sort(dim=1, descending=True).values
+        table[:, 1:][table[:, 1:] == table[:, :-1]] = -1
+        table = table.sort(dim=1, descending=True).values
+        table = table[:, : int((table >= 0).sum(1).max())] if table.numel() else table[:, :0]
+        width = table.shape[1] * size
+        if width == 0:
+            return
+        rows_at_once = min(size, max(1, MAX_SCORES // width))
+        if rows_at_once < size or self.n < size:
+            spans = [(a, 1, min(a + rows_at_once, self.n, (a // size + 1) * size) - a) for a in self._starts(rows_at_once, size)]
+        else:
+            whole = self.n // size
+            step = max(1, MAX_SCORES // (size * width))
+            spans = [(i * size, min(step, whole - i), size) for i in range(0, whole, step)]
+            spans += [(whole * size, 1, self.n - whole * size)] if whole * size < self.n else []
+        for first, blocks, block in spans:
+            entries = table[first // size : first // size + blocks]
+            if not (entries >= 0).any():
+                continue
+            index = (entries[:, :, None] * size + torch.arange(size)).flatten(1)
+            is_real = (entries >= 0)[:, :, None].expand(-1, -1, size).flatten(1) & (index < self.n)
+            index = index.clamp(0, self.n - 1)
+            is_real &= ~self.is_excluded[index]
+            needs_mask = not bool(is_real.all()) or bool(earlier)
+            needs_mask |= self.is_causal and bool((index.amax(1) > first + block * torch.arange(blocks)).any())
+            mask = Mask(self._table_mask(part, earlier, head, first, block, index, is_real)) if needs_mask else None
+            yield Gather(heads, first, block, index, mask, not earlier)
+
+    def _starts(self, rows: int, size: int) -> Iterator[int]:
+        for block_start in range(0, self.n, size):
+            yield from range(block_start, min(block_start + size, self.n), rows)
+
+    def _table_mask(
+        self,
+        part: BlockTable,
+        earlier: Sequence[Part],
+        head: int,
+        first: int,
+        block: int,
+        index: Tensor,
+        is_real: Tensor,
+    ) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            q = (first + torch.arange(index.shape[0] * block)).view(-1, block, 1)
+            k = index[:, None, :]
+            mask = is_real[:, None, :].expand(-1, block, -1)
+            for other in earlier:
+                mask = mask & ~_on_head(other.allows(q, k), head)
+            return mask & (k <= q) if self.is_causal else mask
+
+        return make
+
+    def _column_tiles(self, *, is_first: bool) -> Iterator[Tile]:
+        columns = (self.is_global & ~self.is_invalid).nonzero()[:, 0]
+        if not len(columns):
+            return
+        step = max(64, min(4096, MAX_SCORES // len(columns)))
+        for a in range(0, self.n, step):
+            q = torch.arange(a, min(a + step, self.n))
+            mask = Mask(lambda q=q: columns[None, :] <= q[:, None]) if self.is_causal else None  # type: ignore[misc]
+            yield Tile(slice(a, a + len(q)), _as_slice(columns), mask, is_first)
+
+    def _row_tiles(self) -> Iterator[Tile]:
+        rows = (self.is_global & ~self.is_invalid).nonzero()[:, 0]
+        keys = torch.arange(self.n)
+        step = max(8, min(256, MAX_SCORES // self.n))
+        for q in rows.split(step) if len(rows) else ():
+            needs_mask = self.is_causal or bool(self.is_invalid.any())
+            mask = Mask(lambda q=q: self._row_mask(q, keys)) if needs_mask else None  # type: ignore[misc]
+            yield Tile(_as_slice(q), slice(0, self.n), mask, is_first=True, is_row=True)
+
+    def _row_mask(self, q: Tensor, k: Tensor) -> Tensor:
+        mask = (~self.is_invalid).expand(len(q), -1)
+        return mask & (k[None, :] <= q[:, None]) if self.is_causal else mask
+
+
+def _window_block(tokens: int, reach: int) -> int:
+    """Return the queries of a block for a window that reads ``reach`` keys beside the query."""
+    if reach >= 2 * (tokens - 1) or reach >= tokens:
+        return min(tokens, 256)
+    return min(tokens, 64)
+
+
+def _on_head(allowed: Tensor, head: int) -> Tensor:
+    return allowed[head] if allowed.shape[0] > 1 else allowed[0]
+
+
+def _mask_unless_full(mask: Tensor) -> Mask | None:
+    return None if bool(mask.all()) else Mask(lambda: mask)
+
+
+def _as_slice(positions: Tensor) -> slice | Tensor:
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
+def _count_group(group: Group, length: int) -> int:
+    """Return the edges of a group: what row tiles overwrite counts in the row tiles alone."""
+    position = torch.arange(length)
+    is_row = torch.zeros(length, dtype=torch.bool)
+    is_row[group.rows] = True
+    total = 0
+    for work in group.work:
+        if isinstance(work, Tile):
+            q, keys = position[work.q], len(position[work.k])
+            heads = len(group.heads)
+        elif isinstance(work, Run):
+            q = position[work.offset :: work.step][work.first : work.first + work.blocks * work.block]
+            q, keys, heads = q.view(work.blocks, work.block), work.width, len(group.heads)
+        else:
+            q = position[work.first : work.first + len(work.index) * work.block].view(len(work.index), work.block)
+            keys, heads = work.index.shape[1], len(work.heads)
+        read = work.mask.boolean().sum(-1) if work.mask is not None else torch.tensor(keys)
+        counts = read.expand(q.shape)
+        if not (isinstance(work, Tile) and work.is_row):
+            counts = counts.masked_fill(is_row[q], 0)
+        total += int(counts.sum()) * heads
+    return total
