@@ -165,7 +165,10 @@ def _positions(
         key_positions = index - first
     if query_positions is None:
         query_positions = key_positions[:, keys - tokens :]
-    for name, positions, count in (("query_positions", query_positions, tokens), ("key_positions", key_positions, keys)):
+    for name, positions, count in (
+        ("query_positions", query_positions, tokens),
+        ("key_positions", key_positions, keys),
+    ):
         check_token_mask(positions, name, batch=batch, tokens=count, is_boolean=False)
     return query_positions, key_positions
 

@@ -157,5 +157,6 @@ def with_global_positions(parts: tuple[Part, ...], positions: tuple[int, ...] | 
     if positions is None:
         return parts
     return tuple(
-        Globals(heads=part.heads, positions=positions) if isinstance(part, Globals) and part.is_replaceable else part for part in parts
+        Globals(heads=part.heads, positions=positions) if isinstance(part, Globals) and part.is_replaceable else part
+        for part in parts
     )

@@ -14,8 +14,9 @@ from torch import Tensor
 from hf_sparse.backends.kernels import Kernel
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, pattern_from_json
-from hf_sparse.plan import Gather, Group, Plan, Run, Tile, make_plan, make_positional_plan
+from hf_sparse.plan import make_plan, make_positional_plan
 from hf_sparse.segments import find_segments
+from hf_sparse.tiles import Gather, Group, Plan, Run, Tile
 
 
 @torch.library.custom_op("hf_sparse::gather", mutates_args=())
@@ -154,9 +155,7 @@ def cached_plan(
 class _Call:
     """What stays the same over the sequences of one call."""
 
-    def __init__(
-        self, pattern: Pattern, layer: int, is_causal: bool, heads: int, head_offset: int, rows: str
-    ) -> None:
+    def __init__(self, pattern: Pattern, layer: int, is_causal: bool, heads: int, head_offset: int, rows: str) -> None:
         self.pattern, self.is_causal, self.heads, self.head_offset, self.rows = (
             pattern,
             is_causal,
@@ -228,7 +227,9 @@ class _Heads:
         ratio = query.shape[1] // key.shape[1]
         self.key_of = [head // ratio for head in group.heads]
         same = ratio == 1 and self.is_range
-        self.k: slice | Tensor = self.q if same and isinstance(self.q, slice) else torch.tensor(self.key_of, device=key.device)
+        self.k: slice | Tensor = (
+            self.q if same and isinstance(self.q, slice) else torch.tensor(self.key_of, device=key.device)
+        )
 
     def keys(self, tensor: Tensor, tokens: slice | Tensor) -> Tensor:
         return tensor[:, :, tokens][:, self.k]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse.plan import Mask
+from hf_sparse.tiles import Mask
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -76,9 +76,7 @@ class Kernel:
         """
         if self._is_fused(query, value) and grad_lse is None:
             bias = None if mask is None else _spread(mask.additive(query.dtype))
-            return _fused_backward(
-                grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=self.scale
-            )
+            return _fused_backward(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=self.scale)
         probabilities = self._scores(query, key, mask).sub_(lse[..., None]).exp_()
         grad_probabilities = grad_out @ value.transpose(-1, -2)
         delta = (grad_out * out).sum(-1)

@@ -103,7 +103,7 @@ def _early_plan(table: Tensor, generator: "numpy.random.RandomState", block_size
     A draw may hit the last block of a sequence of 1024 tokens, which is global as well; as a set that changes nothing.
     """
     blocks = _EARLY_LENGTHS[-1] // block_size
-    last = _EARLY_LIMIT // block_size - 1 if _EARLY_LIMIT > 2 * block_size else blocks - 1
+    last = _EARLY_LIMIT // block_size - 1 if 2 * block_size < _EARLY_LIMIT else blocks - 1
     for head in range(table.shape[0]):
         for row in range(1, blocks - 1):
             # the two rows before the last keep their window among the candidates: so it was published

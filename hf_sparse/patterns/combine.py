@@ -175,5 +175,3 @@ def by_head(patterns: Mapping[int | Iterable[int], Pattern]) -> ByHead:
     """
     heads = tuple((group,) if isinstance(group, int) else tuple(group) for group in patterns)
     return ByHead(heads, tuple(patterns.values()))
-
-

@@ -1,0 +1,220 @@
+"""The attention function registered with transformers."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.attention import sparse_attention
+from hf_sparse.integration.layers import is_cross_attention
+from hf_sparse.integration.mask import SparseMask
+from hf_sparse.patterns import Pattern
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: SparseMask | Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    global_attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend along the pattern of a tagged module; registered as ``hf_sparse``.
+
+    Args:
+        module: an attention module of a sparse model.
+        query: float ``[B, H, T, D]``.
+        key: float ``[B, G, S, D]``.
+        value: float ``[B, G, S, Dv]``.
+        attention_mask: what ``sparse_mask`` made; None where a model calls no mask function.
+        dropout: probability of dropping an attention probability.
+        scaling: factor of the scores.
+        is_causal: what the model says where it calls no mask function.
+        global_attention_mask: ``[B, S]``, nonzero = a global token.
+        document_ids: int ``[B, S]``, packed documents.
+        position_ids: int ``[B or 1, S]``; packing is read from their restarts where no mask tells it.
+        position_bias: as T5 passes it; refused by sparse layers.
+        softcap: as Gemma 2 passes it.
+        s_aux: attention sinks, as gpt-oss passes them.
+        sliding_window: the model's own; refused.
+
+    Returns:
+        Output ``[B, T, H, Dv]``, and None in the place of attention weights.
+
+    Raises:
+        ValueError: if the module belongs to no sparse model, or something it is given cannot be honoured.
+    """
+    tag = getattr(module, "_sparse", None)
+    if tag is None:
+        raise ValueError(
+            f"attn_implementation='hf_sparse' reached {type(module).__name__}, which belongs to no sparse model: its config "
+            "has no sparse_attention entry; use hf_sparse.sparsify_(model, pattern) or convert the checkpoint"
+        )
+    mask = read_mask(attention_mask, module, is_causal)
+    _refuse(module, mask.refusal, sliding_window)
+    if tag.pattern is None:
+        out = _dense(query, key, value, mask, dropout, scaling, position_bias, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), None
+    hidden_states = module.__dict__.pop("_sparse_hidden", None)
+    if document_ids is None:
+        document_ids = mask.document_ids
+    if document_ids is None and mask.padding is None and not mask.is_causal and position_ids is not None:
+        document_ids = _documents(position_ids, key)
+    out = sparse_attention(
+        query,
+        key,
+        value,
+        tag.pattern,
+        is_causal=mask.is_causal,
+        key_padding_mask=mask.padding,
+        global_mask=_read_global_mask(global_attention_mask, key),
+        scale=scaling,
+        dropout=dropout,
+        layer=tag.index,
+        state=getattr(module, "sparse_state", None),
+        hidden_states=hidden_states,
+        document_ids=document_ids,
+        bias=position_bias,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+class NamedPattern:
+    """The attention function of ``hf_sparse:<key>``: one pattern with its defaults on a dense model, for this process."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self.has_warned = False
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        tag = getattr(module, "_sparse", None)
+        if tag is not None:
+            raise ValueError(
+                f"this model is sparse already, with the pattern of its config; attn_implementation="
+                f"'hf_sparse:{self.pattern.key}' is for dense models. Load it with 'hf_sparse', or with 'sdpa' to see it dense"
+            )
+        if self.pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is not None:
+            raise ValueError(
+                f"pattern {self.pattern.key!r} owns weights on each layer, so no attention name can serve it; "
+                "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False)"
+            )
+        if not self.has_warned and not torch.compiler.is_compiling():
+            self.has_warned = True
+            warnings.warn(
+                f"attn_implementation='hf_sparse:{self.pattern.key}' lasts for this process only: saving the model loses it. "
+                "hf_sparse.sparsify_(model, pattern) makes it last",
+                stacklevel=2,
+            )
+        from hf_sparse.integration.layers import LayerTag
+
+        is_cross = is_cross_attention("", module)
+        tagged = _Tagged(module, LayerTag(None if is_cross else self.pattern, getattr(module, "layer_idx", None) or 0))
+        return attend(tagged, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
+
+
+class _Tagged:
+    """A dense model's attention module seen with a tag, without changing it."""
+
+    def __init__(self, module: nn.Module, tag: Any) -> None:
+        self._sparse = tag
+        self.is_causal = getattr(module, "is_causal", False)
+        self.name = type(module).__name__
+
+
+def read_mask(mask: SparseMask | Tensor | None, module: Any, is_causal: bool | None) -> SparseMask:
+    """Return whatever form of mask reached a layer as a ``SparseMask``.
+
+    Raises:
+        ValueError: if the form cannot be honoured.
+    """
+    if isinstance(mask, SparseMask):
+        return mask
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    if mask is None:
+        return SparseMask(None, causal)
+    shape = tuple(getattr(mask, "shape", ()))
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return SparseMask(mask != 0, causal)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and shape[1:3] == (1, 1):
+        # the older form of padding: 0 for a real token, a large negative number for padding
+        is_real = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2
+        if mask.dtype != torch.bool and not torch.compiler.is_compiling() and bool((mask[:, 0, 0][is_real] != 0).any()):
+            raise ValueError("an attention mask that weights tokens cannot be honoured; pass the 2-D padding mask")
+        return SparseMask(is_real, causal)
+    raise ValueError(
+        f"an attention mask of type {type(mask).__name__} and shape {shape} cannot be honoured by sparse attention; pass the "
+        "2-D padding mask [batch, tokens], and document_ids for packed rows"
+    )
+
+
+def _refuse(module: Any, refusal: str | None, sliding_window: int | None) -> None:
+    if sliding_window is not None:
+        refusal = f"the model's own sliding window of {sliding_window} tokens"
+    if refusal is not None:
+        raise ValueError(f"{getattr(module, 'name', type(module).__name__)}: hf_sparse does not honour {refusal} yet")
+
+
+def _read_global_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if tuple(mask.shape) != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"global_attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.shape)}"
+        )
+    return mask != 0
+
+
+def _documents(position_ids: Tensor, key: Tensor) -> Tensor | None:
+    """Return documents where the positions run in several stretches that all start at the same number, else one."""
+    if position_ids.dim() != 2 or position_ids.shape[1] != key.shape[2]:
+        return None
+    first = position_ids[:, :1]
+    starts = torch.diff(position_ids, dim=1, prepend=first - 1) != 1
+    is_packed = (~starts | (position_ids == first)).all()
+    return ((starts & is_packed).cumsum(1)).expand(key.shape[0], -1)
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SparseMask,
+    dropout: float,
+    scaling: float | None,
+    position_bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend densely, as cross-attention and layers declared dense do."""
+    if softcap is not None or sinks is not None:
+        raise ValueError("a layer declared dense does not serve softcap or sinks; give it a pattern")
+    keys, queries = key.shape[2], query.shape[2]
+    allowed = None if mask.padding is None else mask.padding[:, None, None, :]
+    if mask.is_causal:
+        at = torch.arange(keys, device=key.device)
+        causal = at[None, :] <= at[keys - queries :, None]
+        allowed = causal if allowed is None else allowed & causal
+    if mask.document_ids is not None:
+        same = mask.document_ids[:, None, :, None] == mask.document_ids[:, None, None, :]
+        allowed = same if allowed is None else allowed & same
+    if position_bias is not None:
+        allowed = position_bias if allowed is None else position_bias.masked_fill(~allowed, float("-inf"))
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, allowed, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )

@@ -1,0 +1,155 @@
+"""The ``Sparse*`` classes, made from the dense ones and registered with the Auto classes."""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_sparse.integration.entry import read_entry
+from hf_sparse.integration.global_defaults import default_global_mask
+from hf_sparse.integration.layers import attach, copy_projections, self_attention_modules
+from hf_sparse.integration.positions import lengthen_
+from hf_sparse.integration.register import NAME
+from hf_sparse.integration.support import FAMILIES
+
+_LANGUAGE_MODEL_HEADS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForPreTraining", "ForConditionalGeneration")
+
+
+class SparseConfigMixin:
+    """What a sparse config adds to the dense one: our attention unless another is asked for."""
+
+    dense_model_type: str
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or NAME
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        register_models(type(self))
+
+
+class SparseModelMixin:
+    """What a sparse model adds to the dense one: tags and weights on its attention layers."""
+
+    def post_init(self) -> None:
+        self._sparse_fresh = attach(self, read_entry(self.config))  # type: ignore[arg-type, attr-defined]
+        super().post_init()  # type: ignore[misc]
+        # weights that are not in a dense checkpoint are not missing: they start as copies
+        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), r"\.sparse_state\."}
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()  # type: ignore[misc]
+        copy_projections(self._sparse_fresh)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load as any model; a dense checkpoint that is shorter than ``config`` asks for gets its positions tiled."""
+        load = super().from_pretrained  # type: ignore[misc]
+        if not isinstance(config, PreTrainedConfig):
+            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        held, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        rows = held.get("max_position_embeddings")
+        is_longer = "sparse_attention" not in held and rows is not None and rows < config.max_position_embeddings
+        if not is_longer or config.dense_model_type not in FAMILIES:
+            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        short = copy.deepcopy(config)
+        short.max_position_embeddings = rows
+        loaded = load(pretrained_model_name_or_path, *args, config=short, **kwargs)
+        offset = FAMILIES[config.dense_model_type].offset(config)
+        lengthen_(loaded[0] if isinstance(loaded, tuple) else loaded, config.max_position_embeddings - offset)
+        return loaded
+
+
+@functools.cache
+def sparse_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """Return the sparse config class of a dense model type, registered with ``AutoConfig``."""
+    dense = CONFIG_MAPPING[model_type]
+    name = f"sparse_{model_type.replace('-', '_')}"
+    namespace = {"model_type": name, "dense_model_type": model_type, "__module__": __name__}
+    cls = type(f"Sparse{dense.__name__}", (SparseConfigMixin, dense), namespace)
+    setattr(sys.modules[__name__], cls.__name__, cls)
+    AutoConfig.register(name, cls, exist_ok=True)
+    return cls
+
+
+@functools.cache
+def sparse_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the sparse class of a dense model class."""
+    config_class = sparse_config_class(dense.config_class.model_type)
+    namespace: dict[str, Any] = {
+        "config_class": config_class,
+        "__module__": __name__,
+        "__doc__": dense.__doc__,
+        "forward": _forward_of(dense),
+    }
+    if not dense.__name__.endswith(_LANGUAGE_MODEL_HEADS):
+        # Trainer would multiply the loss of such heads by the number of processes
+        namespace["accepts_loss_kwargs"] = False
+    cls = type(f"Sparse{dense.__name__}", (SparseModelMixin, dense), namespace)
+    setattr(sys.modules[__name__], cls.__name__, cls)
+    return cls
+
+
+@functools.cache
+def register_models(config_class: type[PreTrainedConfig]) -> None:
+    """Register the sparse classes of one model type with every Auto class that serves the dense one."""
+    dense = CONFIG_MAPPING[config_class.dense_model_type]  # type: ignore[attr-defined]
+    for name in modeling_auto.__dict__:
+        auto = getattr(modeling_auto, name)
+        mapping = getattr(auto, "_model_mapping", None)
+        if not (inspect.isclass(auto) and name.startswith("AutoModel")) or mapping is None or dense not in mapping:
+            continue
+        held = mapping[dense]
+        for cls in held if isinstance(held, (tuple, list)) else (held,):
+            auto.register(config_class, sparse_model_class(cls), exist_ok=True)
+
+
+def register_configs() -> None:
+    """Register the sparse config of every known model type; model classes follow when a config is first used."""
+    for model_type in FAMILIES:
+        sparse_config_class(model_type)
+
+
+def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
+    """Return a forward with ``global_attention_mask`` in its signature, where ``Trainer`` looks for columns to keep."""
+    signature = inspect.signature(dense.forward)
+    parameters = list(signature.parameters.values())
+    extra = inspect.Parameter(
+        "global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None
+    )
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+
+    @functools.wraps(dense.forward)
+    def forward(self: Any, *args: Any, global_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if global_attention_mask is None and self.config._attn_implementation == NAME:
+            global_attention_mask = _default_mask(self, args, kwargs)
+        if global_attention_mask is not None:
+            kwargs["global_attention_mask"] = global_attention_mask.flatten(0, -2)
+        return dense.forward(self, *args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore[attr-defined]
+    return forward
+
+
+def _default_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    ids = args[0] if args else kwargs.get("input_ids")
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    if not isinstance(ids, Tensor) and not isinstance(mask, Tensor):
+        return None
+    patterns = [module._sparse.pattern for *_, module in self_attention_modules_cached(model)]
+    return default_global_mask(type(model).__name__, model.config, [p for p in patterns if p is not None], ids, mask)
+
+
+def self_attention_modules_cached(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:
+    """Return the self-attention modules of a model, found once."""
+    held = model.__dict__.get("_sparse_modules")
+    if held is None:
+        held = model.__dict__["_sparse_modules"] = self_attention_modules(model)
+    return held

@@ -1,0 +1,169 @@
+"""The attention modules of a model: which are self-attention, in what order, and what each is tagged with."""
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.entry import Entry
+from hf_sparse.patterns import Pattern
+
+# names of the query, key and value projections of a self-attention module
+_PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
+_CROSS_NAMES = ("encoder_attn", "crossattention", "EncDecAttention")
+
+
+@dataclass(frozen=True)
+class LayerTag:
+    """What an attention module of a sparse model is to do.
+
+    Attributes:
+        pattern: None where the layer stays dense (cross-attention always does).
+        index: of the layer among the self-attention modules of its stack.
+    """
+
+    pattern: Pattern | None
+    index: int
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Say whether a module's forward names transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def is_cross_attention(name: str, module: nn.Module) -> bool:
+    """Say whether an attention module reads another sequence than its own."""
+    return (
+        bool(getattr(module, "is_cross_attention", False))
+        or type(module).__name__.endswith("CrossAttention")
+        or name.endswith(_CROSS_NAMES)
+    )
+
+
+def self_attention_modules(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:
+    """Return the self-attention modules of a model as (stack, index, name, module), in order.
+
+    The stack is "encoder" or "decoder" in a model that has both, else "".
+    """
+    has_both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    counts: dict[str, int] = {}
+    found = []
+    for name, module in model.named_modules():
+        if not dispatches(module) or is_cross_attention(name, module):
+            continue
+        stack = ""
+        if has_both:
+            stack = "decoder" if "decoder" in re.split(r"\.", name) else "encoder"
+        counts[stack] = counts.get(stack, -1) + 1
+        found.append((stack, counts[stack], name, module))
+    return found
+
+
+def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
+    """Tag the attention modules of a model and give them the weights their patterns own.
+
+    Args:
+        model: a transformers model; changed in place.
+        entry: the pattern of each layer.
+
+    Returns:
+        The modules that were given new weights.
+
+    Raises:
+        ValueError: if the entry names a layer that is not there, or a pattern does not fit the model.
+        UnsupportedModelError: if no self-attention module dispatches.
+    """
+    modules = self_attention_modules(model)
+    check_entry(entry, modules, model.config)
+    fresh = []
+    for stack, index, _, module in modules:
+        pattern = entry.pattern_of(stack, index)
+        module._sparse = LayerTag(pattern, index)
+        if pattern is not None and _own_state(module, pattern):
+            fresh.append(module)
+    for name, module in model.named_modules():
+        if dispatches(module) and is_cross_attention(name, module):
+            module._sparse = LayerTag(None, 0)
+    return fresh
+
+
+def check_entry(entry: Entry, modules: list[tuple[str, int, str, nn.Module]], config: Any) -> None:
+    """Check an entry against the layers of a model; errors as for ``attach``."""
+    if not modules:
+        raise UnsupportedModelError(f"{type(config).__name__}: no self-attention module uses the attention interface")
+    known = {f"{stack}.{index}" if stack else str(index) for stack, index, _, _ in modules}
+    num_layers = getattr(config, "num_hidden_layers", None) or len(modules)
+    if entry.layers and len(modules) < num_layers:
+        raise ValueError(f"layers cannot be told apart: {config.model_type} shares one attention module among layers")
+    for key, _ in entry.layers:
+        if key not in known:
+            listed = ", ".join(sorted(known, key=lambda k: (k.rpartition(".")[0], int(k.rpartition(".")[2]))))
+            raise ValueError(f"unknown layer {key!r}; known: {listed}")
+    heads = getattr(config, "num_attention_heads", None)
+    stacks = {stack for stack, *_ in modules}
+    for stack in stacks:
+        count = sum(1 for other, *_ in modules if other == stack)
+        for pattern in {entry.pattern_of(stack, index) for index in range(count)} - {None}:
+            pattern.check(num_layers=count, num_heads=heads)
+
+
+def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Return the query, key and value projections of a self-attention module.
+
+    Raises:
+        UnsupportedModelError: if they are not three linear layers under a known name.
+    """
+    for names in _PROJECTIONS:
+        found = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(linear, nn.Linear) for linear in found):
+            return found  # type: ignore[return-value]
+    raise UnsupportedModelError(
+        f"{type(module).__name__} has no separate query, key and value projections, which this pattern would copy; "
+        "set global_projections=False"
+    )
+
+
+def copy_projections(modules: list[nn.Module]) -> None:
+    """Start the weights that patterns own as copies of the layers' own projections, where they were not loaded."""
+    for module in modules:
+        with torch.no_grad():
+            for name, source in zip(("query", "key", "value"), projections(module), strict=True):
+                target = getattr(module.sparse_state, name)
+                for parameter, value in ((target.weight, source.weight), (target.bias, source.bias)):
+                    if not getattr(parameter, "_is_hf_initialized", False):
+                        parameter.copy_(value) if value is not None else parameter.zero_()
+
+
+def _own_state(module: nn.Module, pattern: Pattern) -> bool:
+    if isinstance(getattr(module, "sparse_state", None), nn.Module):
+        return False
+    query = key = None
+    try:
+        query, key, _ = projections(module)
+    except UnsupportedModelError:
+        if pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is None:
+            return False
+        raise
+    head_dim = getattr(module, "head_dim", None) or module.attention_head_size
+    state = pattern.make_state(
+        hidden_size=query.in_features,
+        num_heads=query.out_features // head_dim,
+        num_key_value_heads=key.out_features // head_dim,
+        head_dim=head_dim,
+    )
+    if state is None:
+        return False
+    module.sparse_state = state.to(device=query.weight.device, dtype=query.weight.dtype)
+    module.register_forward_pre_hook(_hand_over_hidden_states, with_kwargs=True)
+    return True
+
+
+def _hand_over_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep what the attention layer is given until its attention function has read it."""
+    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+    module._sparse_hidden = hidden_states

@@ -1,0 +1,95 @@
+"""Making a model or a config sparse."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.auto import SparseModelMixin, sparse_config_class, sparse_model_class
+from hf_sparse.integration.entry import make_entry
+from hf_sparse.integration.layers import attach, check_entry, copy_projections, self_attention_modules
+from hf_sparse.integration.positions import check_max_length
+from hf_sparse.integration.register import NAME
+from hf_sparse.integration.support import check_obeys
+from hf_sparse.patterns import Pattern
+
+
+def sparsify_(
+    model: PreTrainedModel, pattern: Pattern, *, layers: Mapping[int | str, Pattern | str] | None = None
+) -> PreTrainedModel:
+    """Make a model sparse in place.
+
+    Its class and its config's class become the sparse ones, so ``save_pretrained`` keeps the pattern. Weights that the
+    pattern owns (Longformer's global projections) start as copies of the layers' own.
+
+    Args:
+        model: a transformers model, dense or already sparse (its pattern is then replaced).
+        pattern: serves every layer not named in ``layers``.
+        layers: maps a layer ("3", "encoder.3", "decoder.3" or a number) to a pattern or to "dense".
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: if the model would ignore the pattern; says why.
+        ValueError: if a layer is unknown or the pattern does not fit the model.
+        TypeError: if ``model`` is no transformers model or ``pattern`` no pattern.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"sparsify_ takes a transformers model, got {type(model).__name__}")
+    entry = make_entry(pattern, layers)
+    dense = type(model).__mro__[2] if isinstance(model, SparseModelMixin) else type(model)
+    modules = self_attention_modules(model)
+    if not isinstance(model, SparseModelMixin):
+        if model.config.model_type not in CONFIG_MAPPING:
+            raise UnsupportedModelError(f"model type {model.config.model_type!r} is unknown to transformers")
+        check_obeys(dense, model.config)
+    check_entry(entry, modules, model.config)
+    for *_, module in modules:
+        if hasattr(module, "sparse_state"):
+            del module.sparse_state
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks_with_kwargs.clear()
+    sparse = sparse_model_class(dense)
+    model.config.__class__ = sparse.config_class
+    model.config.sparse_attention = entry.to_dict()
+    model.__class__ = sparse
+    model.set_attn_implementation(NAME)
+    copy_projections(attach(model, entry))
+    return model
+
+
+def sparse_config(
+    source: str | os.PathLike[str] | PreTrainedConfig,
+    pattern: Pattern,
+    *,
+    max_length: int | None = None,
+    layers: Mapping[int | str, Pattern | str] | None = None,
+    **kwargs: Any,
+) -> PreTrainedConfig:
+    """Return a sparse config for ``AutoModel.from_pretrained(source, config=...)``.
+
+    Args:
+        source: a dense checkpoint (a folder or a Hub id) or its config.
+        pattern: serves every layer not named in ``layers``.
+        max_length: tokens of the longest input wanted; loading then tiles the position table. None keeps the length.
+        layers: maps a layer to a pattern or to "dense".
+        kwargs: passed to ``AutoConfig.from_pretrained`` (``revision``, ``token`` ...).
+
+    Raises:
+        UnsupportedModelError: if the model type cannot be made sparse.
+        ValueError: if ``max_length`` is shorter than the checkpoint's.
+    """
+    dense = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **kwargs)
+    entry = make_entry(pattern, layers)
+    if getattr(dense, "sparse_attention", None) is not None:
+        raise ValueError("the source is sparse already; load it, or use sparsify_ to give it another pattern")
+    cls = sparse_config_class(dense.model_type)
+    fields = {**dense.to_dict(), "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
+    if max_length is not None:
+        fields["max_position_embeddings"] = check_max_length(dense, max_length)
+    return cls.from_dict(fields)

@@ -1,0 +1,167 @@
+"""Which model types are served, and the check that a model would obey a pattern."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.layers import dispatches, self_attention_modules
+from hf_sparse.integration.mask import SparseMask, sparse_mask
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model type stores its learned positions.
+
+    Attributes:
+        positions: how the name of the position table ends.
+        counts_from_padding: whether positions start at ``pad_token_id + 1`` (RoBERTa), rows before that being unused.
+    """
+
+    positions: str = "embeddings.position_embeddings.weight"
+    counts_from_padding: bool = False
+
+    def offset(self, config: Any) -> int:
+        """Return the rows of the position table that come before position 0."""
+        return config.pad_token_id + 1 if self.counts_from_padding else 0
+
+    def length(self, config: Any) -> int:
+        """Return the longest input the position table serves, in tokens."""
+        return int(config.max_position_embeddings) - self.offset(config)
+
+
+# model types whose checkpoints can be converted
+FAMILIES: dict[str, Family] = {
+    "bert": Family(),
+    "camembert": Family(counts_from_padding=True),
+    "distilbert": Family(),
+    "electra": Family(),
+    "roberta": Family(counts_from_padding=True),
+    "xlm-roberta": Family(counts_from_padding=True),
+}
+
+_PROBE = "hf_sparse:probe"
+
+
+def check_obeys(model_class: type[nn.Module], config: Any) -> None:
+    """Check that a model hands its attention and its padding to the attention interface.
+
+    First by structure, then by counting: a tiny copy of the model (two layers, small vocabulary, random weights) runs
+    once on a padded batch, and every self-attention module must have called, with the padding.
+
+    Args:
+        model_class: a transformers model class.
+        config: its config; not changed.
+
+    Raises:
+        UnsupportedModelError: if the model would ignore the pattern or the padding; says where.
+    """
+    name = f"{model_class.__name__} ({config.model_type})"
+    if not _may_dispatch(model_class):
+        raise UnsupportedModelError(
+            f"{name} cannot be made sparse: its attention does not go through transformers' attention interface, so a "
+            "pattern would be silently ignored"
+        )
+    tiny = _tiny_config(config)
+    tiny._attn_implementation = _PROBE
+    with _probing() as calls, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = model_class(tiny).eval()
+        strays = [
+            f"{path} ({type(module).__name__})"
+            for path, module in model.named_modules()
+            if _attends_alone(path, module)
+        ]
+        if strays:
+            raise UnsupportedModelError(f"{name} cannot be made sparse: {strays[0]} computes attention by itself")
+        modules = self_attention_modules(model)
+        inputs = _tiny_inputs(model, tiny)
+        with torch.no_grad():
+            model(**inputs)
+    for _, _, path, module in modules:
+        if id(module) not in calls:
+            raise UnsupportedModelError(
+                f"{name} cannot be made sparse: {path} never called the attention interface, so a pattern would be ignored"
+            )
+        if "attention_mask" in inputs and not calls[id(module)]:
+            raise UnsupportedModelError(f"{name} cannot be made sparse: {path} was not handed the padding mask")
+    if not modules:
+        raise UnsupportedModelError(f"{name} cannot be made sparse: it has no self-attention module")
+
+
+def _may_dispatch(model_class: type[nn.Module]) -> bool:
+    import inspect
+    import sys
+
+    source = sys.modules[model_class.__module__]
+    for parent in model_class.__mro__:
+        module = sys.modules.get(parent.__module__, source)
+        classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, nn.Module)]
+        for cls in classes:
+            code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+            if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+                return True
+    return False
+
+
+def _attends_alone(path: str, module: nn.Module) -> bool:
+    """Say whether a module looks like attention that does not dispatch: three projections of its own and the name."""
+    linears = sum(isinstance(child, nn.Linear) for child in module.children())
+    return bool(re.search(r"Attention$", type(module).__name__)) and linears >= 3 and not dispatches(module)
+
+
+def _tiny_config(config: Any) -> Any:
+    tiny = copy.deepcopy(config)
+    for field, most in (("num_hidden_layers", 2), ("encoder_layers", 2), ("decoder_layers", 2)):
+        if isinstance(getattr(tiny, field, None), int):
+            setattr(tiny, field, min(most, getattr(tiny, field)))
+    special = [v for k, v in vars(tiny).items() if k.endswith("_token_id") and isinstance(v, int)]
+    if isinstance(getattr(tiny, "vocab_size", None), int):
+        tiny.vocab_size = min(tiny.vocab_size, max([32, *[v + 1 for v in special if v < 1000]]))
+        for key in [k for k in vars(tiny) if k.endswith("_token_id")]:
+            value = getattr(tiny, key)
+            if isinstance(value, int) and value >= tiny.vocab_size:
+                setattr(tiny, key, tiny.vocab_size - 1)
+    return tiny
+
+
+def _tiny_inputs(model: Any, config: Any) -> dict[str, Tensor]:
+    if model.main_input_name != "input_ids":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
+    ids = torch.full((2, 6), config.vocab_size // 2)
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        inputs = {key: value[:, None] for key, value in inputs.items()}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return inputs
+
+
+@contextlib.contextmanager
+def _probing() -> Iterator[dict[int, bool]]:
+    """Yield a count of attention calls: by module, whether every call brought the padding."""
+    calls: dict[int, bool] = {}
+
+    def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        brings = isinstance(mask, SparseMask) and mask.padding is not None
+        brings |= isinstance(mask, Tensor) and mask.dim() in (2, 4)
+        calls[id(module)] = brings and calls.get(id(module), True)
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(_PROBE, probe)
+    AttentionMaskInterface.register(_PROBE, sparse_mask)
+    try:
+        yield calls
+    finally:
+        AttentionInterface._global_mapping.pop(_PROBE, None)
+        AttentionMaskInterface._global_mapping.pop(_PROBE, None)

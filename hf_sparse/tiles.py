@@ -1,0 +1,157 @@
+"""Tiles: the pieces of work that a plan is made of.
+
+A tile is one dense attention call: some queries against some keys, with a mask where not every pair is an edge. The
+tiles of a plan do not overlap, so merging their outputs by logsumexp is exact and a pair counts once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# masks up to this many elements are kept with the plan; larger ones are made anew for each use
+KEPT_MASK = 1 << 17
+
+
+class Mask:
+    """A mask that is made when it is needed, and kept if it is small."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def boolean(self) -> Tensor:
+        """Return bool ``[..., T, S]`` on the CPU; True where the query reads the key."""
+        return self._keep(torch.bool, torch.device("cpu"), self._make)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the mask on a device."""
+        return self._keep(torch.bool, device, lambda: self.boolean().to(device))
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """Return the mask on the CPU as a term of the scores: 0 where True, -inf elsewhere."""
+
+        def make() -> Tensor:
+            mask = self.boolean()
+            return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+        return self._keep(dtype, torch.device("cpu"), make)
+
+    def _keep(self, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        if (dtype, device) in self._kept:
+            return self._kept[dtype, device]
+        made = make()
+        if made.numel() <= KEPT_MASK:
+            self._kept[dtype, device] = made
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Queries against keys, for all heads of its group.
+
+    Attributes:
+        q: the queries: a slice, or int64 positions.
+        k: the keys: a slice, or int64 positions.
+        mask: bool ``[Tq, Sk]`` or ``[1, H, Tq, Sk]``, or None where every pair is an edge.
+        is_first: whether no earlier tile wrote to these queries.
+        is_row: whether these are rows of global tokens, which overwrite what earlier tiles wrote.
+    """
+
+    q: slice | Tensor
+    k: slice | Tensor
+    mask: Mask | None
+    is_first: bool
+    is_row: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Consecutive blocks of queries, each against a window of keys at the same place beside it, read as strided views.
+
+    The sequence is ``tokens[offset::step]``; block i holds the queries from ``first + i * block`` on and reads ``width``
+    keys from ``first + i * block - back`` on. All blocks share one mask ``[block, width]``.
+    """
+
+    offset: int
+    step: int
+    first: int
+    blocks: int
+    block: int
+    back: int
+    width: int
+    mask: Mask | None
+    is_first: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """Consecutive blocks of queries, each against keys named by index.
+
+    Attributes:
+        heads: heads it serves, counted within its group.
+        first: position of the first query.
+        block: queries of a block.
+        index: int64 ``[blocks, width]``, positions of the keys; where the mask is False any valid position.
+        mask: bool ``[blocks, block, width]``, or None where every pair is an edge.
+        is_first: as for a tile.
+    """
+
+    heads: tuple[int, ...]
+    first: int
+    block: int
+    index: Tensor
+    mask: Mask | None
+    is_first: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Heads that share their parts, and the work for them.
+
+    Attributes:
+        heads: the heads, ascending.
+        work: what to run, in this order.
+        rows: int64, global queries; their row tiles come last and overwrite what other tiles wrote.
+    """
+
+    heads: tuple[int, ...]
+    work: tuple[Tile | Run | Gather, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All work of one attention layer on one sequence."""
+
+    length: int
+    groups: tuple[Group, ...] = field(default=())
+
+    def count_edges(self) -> int:
+        """Return the number of edges over all heads, each once."""
+        return sum(_count_group(group, self.length) for group in self.groups)
+
+
+def _count_group(group: Group, length: int) -> int:
+    """Return the edges of a group: what row tiles overwrite counts in the row tiles alone."""
+    position = torch.arange(length)
+    is_row = torch.zeros(length, dtype=torch.bool)
+    is_row[group.rows] = True
+    total = 0
+    for work in group.work:
+        if isinstance(work, Tile):
+            q, keys = position[work.q], len(position[work.k])
+            heads = len(group.heads)
+        elif isinstance(work, Run):
+            q = position[work.offset :: work.step][work.first : work.first + work.blocks * work.block]
+            q, keys, heads = q.view(work.blocks, work.block), work.width, len(group.heads)
+        else:
+            q = position[work.first : work.first + len(work.index) * work.block].view(len(work.index), work.block)
+            keys, heads = work.index.shape[1], len(work.heads)
+        read = work.mask.boolean().sum(-1) if work.mask is not None else torch.tensor(keys)
+        counts = read.expand(q.shape)
+        if not (isinstance(work, Tile) and work.is_row):
+            counts = counts.masked_fill(is_row[q], 0)
+        total += int(counts.sum()) * heads
+    return total
