@@ -36,7 +36,6 @@ lint: .venv/.installed-$(TEST_EXTRAS)
 	rm -rf build/typed
 	mkdir -p build/typed/hf_sparse
 	ln -s "$(CURDIR)"/hf_sparse/* "$(CURDIR)/conversion" "$(CURDIR)/recipes" build/typed/hf_sparse
-	ln -s "$(CURDIR)/tests" build/typed/tests
 	cd build/typed && "$(CURDIR)/$(PYTHON)" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 # One stamp per set of extras: installing again waits for a change of what is to be installed.

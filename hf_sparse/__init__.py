@@ -1,23 +1,100 @@
 """Sparse attention for Hugging Face Transformers: importing this package registers it."""
 
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
 from hf_sparse.attention import sparse_attention
 from hf_sparse.errors import ConversionError, HfSparseError, UnsupportedModelError
 from hf_sparse.integration.auto import register_configs
 from hf_sparse.integration.register import register_attention
 from hf_sparse.integration.sparsify import sparse_config, sparsify_
-from hf_sparse.patterns import PATTERNS, by_head, pattern, pattern_from_dict
+from hf_sparse.patterns import PATTERNS, Pattern, by_head, pattern, pattern_from_dict
+
+if TYPE_CHECKING:
+    from hf_sparse.conversion import ConversionReport
 
 __version__ = "0.1.0"
 
 register_attention()
 register_configs()
 
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    pattern: Pattern,
+    *,
+    max_length: int | None = None,
+    layers: Mapping[int | str, Pattern | str] | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> "ConversionReport":
+    """Convert a dense checkpoint into a sparse one that the Auto classes load.
+
+    The weights are written shard by shard into a folder beside the destination, which takes its place at the end: whatever
+    is raised, Ctrl-C included, leaves nothing at the destination, and with ``overwrite`` leaves what was there. A killed
+    process (``kill -9``; ``kill`` too, outside of the command line) may leave a folder ``<destination>.partial-...`` beside
+    it. All faults of the input are found before the first byte is written.
+
+    Args:
+        source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
+        destination: the folder to write; must not exist or be empty unless ``overwrite``.
+        pattern: serves every layer not named in ``layers``.
+        max_length: tokens of the longest input wanted; the positions are then tiled, and every limit of length in the
+            files beside is raised. None keeps the length.
+        layers: maps a layer ("3" or a number) to a pattern or to "dense".
+        overwrite: whether a destination that is not empty is replaced, all of it.
+        verify: whether the result, its patterns wide open, is compared with the source.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub; None takes the one that was logged in with.
+        progress: called with the bytes written and the bytes in all; None draws a bar in a terminal once the work has
+            taken over two seconds.
+
+    Returns:
+        What was moved, tiled, added and left behind, the density, and the largest difference from the source.
+
+    Raises:
+        ConversionError: if the source cannot be read, the destination cannot be written or the two do not agree.
+        UnsupportedModelError: if the model type cannot be converted; says why.
+        ValueError: if the pattern, a layer or ``max_length`` does not fit the checkpoint.
+    """
+    from hf_sparse.conversion import convert as run
+
+    return run(
+        source,
+        destination,
+        pattern,
+        max_length=max_length,
+        layers=layers,
+        overwrite=overwrite,
+        verify=verify,
+        revision=revision,
+        token=token,
+        progress=progress,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    # a class of the conversion, which is imported when it is first asked for
+    if name == "ConversionReport":
+        from hf_sparse.conversion import ConversionReport
+
+        return ConversionReport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "PATTERNS",
     "ConversionError",
+    "ConversionReport",
     "HfSparseError",
     "UnsupportedModelError",
     "by_head",
+    "convert",
     "pattern",
     "pattern_from_dict",
     "sparse_attention",

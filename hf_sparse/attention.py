@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_sparse.backends.dense import dense_attention, draw_edges
 from hf_sparse.backends.gather import gather_attention
-from hf_sparse.patterns import GlobalTokens, Longformer, Pattern, pattern_to_json
+from hf_sparse.patterns import GlobalTokens, Longformer, Pattern
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
 BACKENDS = ("auto", "dense", "gather")
@@ -93,7 +93,7 @@ def sparse_attention(
     positions = _positions(query, key, key_padding_mask, document_ids, query_positions, key_positions)
     masks = (key_padding_mask, global_mask, document_ids, *positions)
     settings: dict[str, Any] = {
-        "pattern": pattern_to_json(pattern),
+        "pattern": pattern.json,
         "layer": layer,
         "is_causal": is_causal,
         "head_offset": head_offset,

@@ -11,3 +11,7 @@ class UnsupportedModelError(HfSparseError, ValueError):
 
 class ConversionError(HfSparseError, ValueError):
     """A conversion that cannot be done or could not be finished; nothing was left at the destination."""
+
+
+class UnfinishedConversionError(ConversionError):
+    """A conversion that failed after it had begun: a full disk, a result that does not agree with its source."""

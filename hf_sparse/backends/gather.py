@@ -69,7 +69,7 @@ def gather_attention(
     kernel = _kernel(scale, dropout, seed, query.device)
     masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions)
     for batch, q_tokens, k_tokens, plan in call.plans(query, key, *masks):
-        held = (t[batch, :, tokens] for t, tokens in ((q, q_tokens), (k, k_tokens), (v, k_tokens)))
+        held = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         _forward(plan, kernel, *held, out[batch, :, q_tokens], lse[batch, :, q_tokens])
     return out.to(query.dtype), lse
 

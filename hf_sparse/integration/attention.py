@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.attention import sparse_attention
-from hf_sparse.integration.layers import is_cross_attention
+from hf_sparse.integration.layers import LayerTag, is_cross_attention, tag_of
 from hf_sparse.integration.mask import SparseMask
 from hf_sparse.patterns import Pattern
 
@@ -56,7 +56,7 @@ def attend(
     Raises:
         ValueError: if the module belongs to no sparse model, or something it is given cannot be honoured.
     """
-    tag = getattr(module, "_sparse", None)
+    tag: LayerTag | None = module.__dict__.get("_sparse")
     if tag is None:
         raise ValueError(
             f"attn_implementation='hf_sparse' reached {type(module).__name__}, which belongs to no sparse model: its config "
@@ -72,7 +72,7 @@ def attend(
         document_ids = mask.document_ids
     if document_ids is None and mask.padding is None and not mask.is_causal and position_ids is not None:
         document_ids = _documents(position_ids, key)
-    out = sparse_attention(
+    attended: Any = sparse_attention(
         query,
         key,
         value,
@@ -90,7 +90,7 @@ def attend(
         softcap=softcap,
         sinks=s_aux,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return attended.transpose(1, 2).contiguous(), None
 
 
 class NamedPattern:
@@ -103,8 +103,7 @@ class NamedPattern:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        tag = getattr(module, "_sparse", None)
-        if tag is not None:
+        if tag_of(module) is not None:
             raise ValueError(
                 f"this model is sparse already, with the pattern of its config; attn_implementation="
                 f"'hf_sparse:{self.pattern.key}' is for dense models. Load it with 'hf_sparse', or with 'sdpa' to see it dense"
@@ -121,8 +120,6 @@ class NamedPattern:
                 "hf_sparse.sparsify_(model, pattern) makes it last",
                 stacklevel=2,
             )
-        from hf_sparse.integration.layers import LayerTag
-
         is_cross = is_cross_attention("", module)
         tagged = _Tagged(module, LayerTag(None if is_cross else self.pattern, getattr(module, "layer_idx", None) or 0))
         return attend(tagged, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]

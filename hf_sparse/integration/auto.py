@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.global_defaults import default_global_mask
-from hf_sparse.integration.layers import attach, copy_projections, self_attention_modules
+from hf_sparse.integration.layers import attach, copy_projections, self_attention_modules, tag_of
 from hf_sparse.integration.positions import lengthen_
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import FAMILIES
@@ -31,11 +31,13 @@ class SparseConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or NAME
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        register_models(type(self))
+        register_models(type(self))  # type: ignore[arg-type]
 
 
 class SparseModelMixin:
     """What a sparse model adds to the dense one: tags and weights on its attention layers."""
+
+    _keys_to_ignore_on_load_missing: Any
 
     def post_init(self) -> None:
         self._sparse_fresh = attach(self, read_entry(self.config))  # type: ignore[arg-type, attr-defined]
@@ -53,7 +55,11 @@ class SparseModelMixin:
         load = super().from_pretrained  # type: ignore[misc]
         if not isinstance(config, PreTrainedConfig):
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        hub = {
+            key: kwargs[key]
+            for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+            if key in kwargs
+        }
         held, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
         rows = held.get("max_position_embeddings")
         is_longer = "sparse_attention" not in held and rows is not None and rows < config.max_position_embeddings
@@ -82,7 +88,7 @@ def sparse_config_class(model_type: str) -> type[PreTrainedConfig]:
 @functools.cache
 def sparse_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the sparse class of a dense model class."""
-    config_class = sparse_config_class(dense.config_class.model_type)
+    config_class = sparse_config_class(dense.config_class.model_type)  # type: ignore[union-attr]
     namespace: dict[str, Any] = {
         "config_class": config_class,
         "__module__": __name__,
@@ -102,9 +108,9 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
     """Register the sparse classes of one model type with every Auto class that serves the dense one."""
     dense = CONFIG_MAPPING[config_class.dense_model_type]  # type: ignore[attr-defined]
     for name in modeling_auto.__dict__:
-        auto = getattr(modeling_auto, name)
+        auto: Any = getattr(modeling_auto, name)
         mapping = getattr(auto, "_model_mapping", None)
-        if not (inspect.isclass(auto) and name.startswith("AutoModel")) or mapping is None or dense not in mapping:
+        if not name.startswith("AutoModel") or mapping is None or dense not in mapping:
             continue
         held = mapping[dense]
         for cls in held if isinstance(held, (tuple, list)) else (held,):
@@ -143,8 +149,9 @@ def _default_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if not isinstance(ids, Tensor) and not isinstance(mask, Tensor):
         return None
-    patterns = [module._sparse.pattern for *_, module in self_attention_modules_cached(model)]
-    return default_global_mask(type(model).__name__, model.config, [p for p in patterns if p is not None], ids, mask)
+    tags = [tag_of(module) for *_, module in self_attention_modules_cached(model)]
+    patterns = [tag.pattern for tag in tags if tag is not None and tag.pattern is not None]
+    return default_global_mask(type(model).__name__, model.config, patterns, ids, mask)
 
 
 def self_attention_modules_cached(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:

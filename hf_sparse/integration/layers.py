@@ -30,6 +30,16 @@ class LayerTag:
     index: int
 
 
+def tag_of(module: nn.Module) -> LayerTag | None:
+    """Return what a module is tagged with; None outside of sparse models."""
+    return module.__dict__.get("_sparse")
+
+
+def set_tag(module: nn.Module, tag: LayerTag) -> None:
+    """Tag a module."""
+    module.__dict__["_sparse"] = tag
+
+
 def dispatches(module: nn.Module) -> bool:
     """Say whether a module's forward names transformers' attention interface."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
@@ -83,12 +93,12 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
     fresh = []
     for stack, index, _, module in modules:
         pattern = entry.pattern_of(stack, index)
-        module._sparse = LayerTag(pattern, index)
+        set_tag(module, LayerTag(pattern, index))
         if pattern is not None and _own_state(module, pattern):
             fresh.append(module)
     for name, module in model.named_modules():
         if dispatches(module) and is_cross_attention(name, module):
-            module._sparse = LayerTag(None, 0)
+            set_tag(module, LayerTag(None, 0))
     return fresh
 
 
@@ -104,12 +114,13 @@ def check_entry(entry: Entry, modules: list[tuple[str, int, str, nn.Module]], co
         if key not in known:
             listed = ", ".join(sorted(known, key=lambda k: (k.rpartition(".")[0], int(k.rpartition(".")[2]))))
             raise ValueError(f"unknown layer {key!r}; known: {listed}")
-    heads = getattr(config, "num_attention_heads", None)
+    heads: int | None = getattr(config, "num_attention_heads", None)
     stacks = {stack for stack, *_ in modules}
     for stack in stacks:
         count = sum(1 for other, *_ in modules if other == stack)
-        for pattern in {entry.pattern_of(stack, index) for index in range(count)} - {None}:
-            pattern.check(num_layers=count, num_heads=heads)
+        for pattern in {entry.pattern_of(stack, index) for index in range(count)}:
+            if pattern is not None and heads is not None:
+                pattern.check(num_layers=count, num_heads=heads)
 
 
 def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -149,7 +160,8 @@ def _own_state(module: nn.Module, pattern: Pattern) -> bool:
         if pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is None:
             return False
         raise
-    head_dim = getattr(module, "head_dim", None) or module.attention_head_size
+    width: Any = getattr(module, "head_dim", None) or module.attention_head_size
+    head_dim = int(width)
     state = pattern.make_state(
         hidden_size=query.in_features,
         num_heads=query.out_features // head_dim,

@@ -28,11 +28,9 @@ class SparseMask:
     def to(self, *args: Any, **kwargs: Any) -> "SparseMask":
         """Return the mask with its tensors moved, as ``Tensor.to`` would (dtypes stay)."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        moved = {
-            name: None if tensor is None else tensor.to(device)
-            for name, tensor in (("padding", self.padding), ("document_ids", self.document_ids))
-        }
-        return dataclasses.replace(self, **moved)
+        padding = None if self.padding is None else self.padding.to(device)
+        document_ids = None if self.document_ids is None else self.document_ids.to(device)
+        return dataclasses.replace(self, padding=padding, document_ids=document_ids)
 
 
 def sparse_mask(

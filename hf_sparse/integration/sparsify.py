@@ -54,7 +54,7 @@ def sparsify_(
             del module.sparse_state
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
-    sparse = sparse_model_class(dense)
+    sparse: Any = sparse_model_class(dense)
     model.config.__class__ = sparse.config_class
     model.config.sparse_attention = entry.to_dict()
     model.__class__ = sparse

@@ -12,7 +12,7 @@ from hf_sparse.patterns.combine import ByHead, Union, by_head
 from hf_sparse.patterns.dilated import Dilated
 from hf_sparse.patterns.global_tokens import GlobalTokens
 from hf_sparse.patterns.longformer import Longformer
-from hf_sparse.patterns.pattern import Pattern, pattern_to_json
+from hf_sparse.patterns.parent import Pattern
 from hf_sparse.patterns.random_blocks import RandomBlocks
 from hf_sparse.patterns.strided import Strided
 
@@ -72,7 +72,7 @@ def pattern_from_dict(d: dict[str, Any]) -> Pattern:
 
 @functools.lru_cache(maxsize=256)
 def pattern_from_json(text: str) -> Pattern:
-    """Return the pattern that ``pattern_to_json`` wrote."""
+    """Return the pattern whose ``json`` this is."""
     return pattern_from_dict(json.loads(text))
 
 
@@ -105,5 +105,4 @@ __all__ = [
     "pattern",
     "pattern_from_dict",
     "pattern_from_json",
-    "pattern_to_json",
 ]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_sparse.parts import Part, Scope, Window
-from hf_sparse.patterns.pattern import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Band(Pattern):
     key: ClassVar[str] = "band"
     radius: int = 256
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         check_count(self.radius, "radius", least=0)
 
     def parts(self, scope: Scope) -> tuple[Part, ...]:

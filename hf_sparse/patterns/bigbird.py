@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_sparse.parts import BlockTable, BlockWindow, Globals, Part, Scope
 from hf_sparse.patterns.block_local import check_block_fits
-from hf_sparse.patterns.pattern import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count
 from hf_sparse.patterns.random_blocks import draw_blocks
 
 
@@ -41,7 +41,7 @@ class BigBird(Pattern):
     random_plan: str = "published"
     length: str = "real"
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         check_count(self.block_size, "block_size", least=1)
         check_count(self.num_random_blocks, "num_random_blocks", least=0)
         check_count(self.seed, "seed", least=0)

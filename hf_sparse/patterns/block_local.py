@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_sparse.parts import BlockWindow, Part, Scope
-from hf_sparse.patterns.pattern import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class BlockLocal(Pattern):
     key: ClassVar[str] = "block_local"
     block_size: int = 256
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         check_count(self.block_size, "block_size", least=1)
 
     def parts(self, scope: Scope) -> tuple[Part, ...]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from hf_sparse.parts import Part, Scope
-from hf_sparse.patterns.pattern import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Union(_Combination):
     key: ClassVar[str] = "union"
     patterns: tuple[Pattern, ...] = ()
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         flat: list[Pattern] = []
         for pattern in self.patterns:
             if not isinstance(pattern, Pattern):
@@ -117,7 +117,7 @@ class ByHead(_Combination):
     heads: tuple[tuple[int, ...], ...] = ()
     patterns: tuple[Pattern, ...] = ()
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         object.__setattr__(self, "heads", tuple(tuple(group) for group in self.heads))
         object.__setattr__(self, "patterns", tuple(self.patterns))
         for head in (head for group in self.heads for head in group):

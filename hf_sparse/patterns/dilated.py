@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_sparse.parts import Part, Scope, Window
-from hf_sparse.patterns.pattern import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Dilated(Pattern):
     radius: int = 256
     dilation: int = 2
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         check_count(self.radius, "radius", least=0)
         check_count(self.dilation, "dilation", least=1)
 

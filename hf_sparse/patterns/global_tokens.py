@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_sparse.parts import Globals, Part, Scope
-from hf_sparse.patterns.pattern import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GlobalTokens(Pattern):
     key: ClassVar[str] = "global"
     positions: tuple[int, ...] = (0,)
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         object.__setattr__(self, "positions", check_positions(self.positions, "positions"))
 
     @property

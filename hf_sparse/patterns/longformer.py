@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_sparse.parts import Globals, Part, Scope, Window
 from hf_sparse.patterns.global_tokens import check_positions
-from hf_sparse.patterns.pattern import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Longformer(Pattern):
     dilation: int | tuple[int, ...] = 1
     global_projections: bool = True
 
-    def __post_init__(self) -> None:
+    def check_fields(self) -> None:
         object.__setattr__(self, "window", _one_or_many(self.window, "window", least=2))
         object.__setattr__(self, "dilation", _one_or_many(self.dilation, "dilation", least=1))
         object.__setattr__(self, "global_tokens", check_positions(self.global_tokens, "global_tokens"))

@@ -1,7 +1,6 @@
 """What every pattern is: a frozen dataclass under a key, with a rule, serialisation and checks."""
 
 import dataclasses
-import functools
 import json
 from typing import Any, ClassVar
 
@@ -20,6 +19,21 @@ class Pattern:
     """
 
     key: ClassVar[str]
+    # the pattern as one line of JSON; set on each instance, no field
+    json: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        self.check_fields()
+        # made once and kept: compiled graphs take the pattern as this string, and cannot trace its making
+        object.__setattr__(self, "json", json.dumps(self.to_dict(), sort_keys=True))
+
+    def check_fields(self) -> None:
+        """Check the fields, and bring them into their one form (sequences become tuples).
+
+        Raises:
+            ValueError: if a value is bad.
+            TypeError: if a value is of the wrong kind.
+        """
 
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         """Return the parts whose union is this pattern, for one layer and one length."""
@@ -110,12 +124,6 @@ class Pattern:
 
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
-
-@functools.lru_cache(maxsize=256)
-def pattern_to_json(pattern: Pattern) -> str:
-    """Return the pattern as one line of JSON, the form in which it crosses into compiled graphs."""
-    return json.dumps(pattern.to_dict(), sort_keys=True)
 
 
 def check_count(value: Any, name: str, *, least: int) -> None:

@@ -1,0 +1,9 @@
+"""Turn a dense checkpoint into a sparse one, shard by shard; installed and imported as ``hf_sparse.conversion``."""
+
+if __name__ != "hf_sparse.conversion":
+    raise ImportError(f"this folder is not the package {__name__!r}: install hf-sparse and import hf_sparse.conversion")
+
+from hf_sparse.conversion.convert import convert
+from hf_sparse.conversion.report import ConversionReport, Count
+
+__all__ = ["ConversionReport", "Count", "convert"]

@@ -1,0 +1,63 @@
+"""The command ``convert``, for the command line of the package and for ``python -m hf_sparse.conversion``."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hf_sparse.console import PATTERN_HELP, SET_HELP, read_pattern
+from hf_sparse.patterns import Pattern
+
+
+def convert_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A dense checkpoint: a folder, or the id of a model on the Hub.")
+    ],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
+    pattern: Annotated[str, typer.Option("--pattern", "-p", help=PATTERN_HELP)],
+    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", help="Longest input, in tokens; the positions are tiled. [default: the source's]"),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layer", help='LAYER=PATTERN or LAYER=dense, as in "3=dense". May be repeated.'),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, all of it, if it is not empty.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the result, its pattern wide open, with SRC.")
+    ] = True,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Convert a dense checkpoint into a sparse one that the Auto classes load.
+
+    \b
+    Example:
+      hf-sparse convert roberta-base roberta-4096 --pattern longformer --set window=512 --max-length 4096
+    """
+    from hf_sparse.conversion.convert import convert
+
+    report = convert(
+        source,
+        destination,
+        read_pattern(pattern, settings or ()),
+        max_length=max_length,
+        layers=dict(_read_layer(text) for text in layers or ()),
+        overwrite=overwrite,
+        verify=verify,
+        revision=revision,
+    )
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        Console().print(report.table())
+
+
+def _read_layer(text: str) -> tuple[str, Pattern | str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--layer takes LAYER=PATTERN or LAYER=dense, got {text!r}")
+    return key, value if value == "dense" else read_pattern(value)

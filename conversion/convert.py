@@ -1,0 +1,131 @@
+"""Converting a dense checkpoint into a sparse one."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hf_sparse.conversion import shards
+from hf_sparse.conversion.companions import Companions, plan_companions
+from hf_sparse.conversion.destination import check_destination, check_space, partial_folder
+from hf_sparse.conversion.model_card import card
+from hf_sparse.conversion.progress import counting
+from hf_sparse.conversion.report import ConversionReport
+from hf_sparse.conversion.source import INDEX, Checkpoint, open_checkpoint
+from hf_sparse.conversion.target import Target, plan_target
+from hf_sparse.conversion.verify import wide_open_difference
+from hf_sparse.conversion.weights import PlannedWeights, plan_weights
+from hf_sparse.patterns import Pattern
+
+_README = PurePosixPath("README.md")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    pattern: Pattern,
+    *,
+    max_length: int | None = None,
+    layers: Mapping[int | str, Pattern | str] | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConversionReport:
+    """Convert a dense checkpoint into a sparse one; see :func:`hf_sparse.convert`."""
+    started = time.monotonic()
+    checkpoint = open_checkpoint(source, revision=revision, token=token)
+    wanted = check_destination(destination, source=checkpoint.root, overwrite=overwrite)
+    target = plan_target(checkpoint, pattern, max_length=max_length, layers=layers)
+    weights = plan_weights(checkpoint, target)
+    companions = plan_companions(checkpoint, target, raises_limits=max_length is not None)
+    size = sum(shard.size for shard in weights.shards) + companions.size
+    density = _density(target)
+    check_space(wanted, size)
+    with partial_folder(wanted, overwrite=overwrite) as folder:
+        with counting(size, progress) as count:
+            _write(folder, checkpoint, target, weights, companions, count)
+        difference, note = None, "not compared: verify was off"
+        if verify:
+            difference, note = wide_open_difference(checkpoint.folder, folder / checkpoint.inner, target)
+    entry = target.entry.to_dict()
+    return ConversionReport(
+        source=checkpoint.name,
+        destination=str(destination),
+        model_type=target.config.model_type,
+        pattern=entry["pattern"],
+        layers=entry["layers"],
+        max_length_before=target.length_before,
+        max_length=target.length,
+        moved=weights.moved,
+        tiled=weights.tiled,
+        added=weights.added,
+        dropped=weights.dropped,
+        files_carried=tuple(map(str, companions.carried)),
+        files_raised=tuple(sorted(map(str, companions.rewritten))),
+        files_left_behind=companions.left_behind,
+        density=density,
+        wide_open_difference=difference,
+        wide_open_note=note,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    target: Target,
+    weights: PlannedWeights,
+    companions: Companions,
+    count: Callable[[int], None],
+) -> None:
+    """Write everything the destination holds."""
+    inner = folder / checkpoint.inner
+    inner.mkdir(parents=True, exist_ok=True)
+    for shard in weights.shards:
+        shards.write_shard(inner / shard.name, shard.pieces, shard.metadata, count)
+    if weights.index is not None:
+        _write_json(inner / INDEX, weights.index)
+    _write_json(inner / "config.json", target.config_json(checkpoint.config, companions.separator))
+    for path in companions.carried:
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path not in companions.rewritten:
+            shutil.copyfile(checkpoint.root / path, place)
+        count((checkpoint.root / path).stat().st_size)
+    for path, text in companions.rewritten.items():
+        (folder / path).write_text(text, encoding="utf-8")
+    held = (folder / _README).read_text(encoding="utf-8") if _README in companions.carried else None
+    text = card(held, name=_public_name(checkpoint), inner=checkpoint.inner, target=target)
+    (folder / _README).write_text(text, encoding="utf-8")
+
+
+def _public_name(checkpoint: Checkpoint) -> str:
+    """Return a name that may be published: the Hub's id, or the last part of a local folder."""
+    return checkpoint.name if checkpoint.is_from_hub else checkpoint.root.name
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _density(target: Target) -> float:
+    """Return the share of pairs that are read at the destination's length, averaged over layers and heads."""
+    heads, length = target.config.num_attention_heads, target.length
+    is_causal = bool(getattr(target.config, "is_decoder", False))
+    known: dict[tuple[Pattern, int], float] = {}
+    shares = []
+    for layer in range(target.num_layers):
+        pattern = target.entry.pattern_of("", layer)
+        if pattern is None:
+            shares.append((length + 1) / (2 * length) if is_causal else 1.0)
+            continue
+        at = layer if pattern.varies_by_layer else 0
+        if (pattern, at) not in known:
+            known[pattern, at] = pattern.density(length, heads=heads, layer=at, is_causal=is_causal)
+        shares.append(known[pattern, at])
+    return sum(shares) / len(shares)

@@ -1,0 +1,63 @@
+"""Fetching a checkpoint from the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from hf_sparse.errors import ConversionError
+
+# weights in other formats and of other runs; a file of a module of sentence-transformers' (2_Dense/...) is none of them
+_UNWANTED = [
+    *(
+        f"{place}{file}"
+        for place in ("", "0_*/")
+        for file in ("pytorch_model*.bin*", "tf_model*.h5", "flax_model*.msgpack", "rust_model*.ot", "*.gguf", "*.onnx")
+    ),
+    *(f"{folder}/*" for folder in ("onnx", "openvino", "coreml", "checkpoint-*", "runs")),
+    *("*.tflite", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin"),
+]
+
+
+def download(repository: str, *, revision: str | None, token: str | bool | None) -> tuple[Path, str, tuple[str, ...]]:
+    """Fetch what a conversion needs of a model on the Hub, into the Hub's own cache.
+
+    Args:
+        repository: id of the model.
+        revision: branch, tag or commit; None takes the main branch.
+        token: None takes the one that was logged in with.
+
+    Returns:
+        The folder, the id with the commit, and the files that were not fetched.
+
+    Raises:
+        ConversionError: if there is no such model, or the Hub cannot be reached and the cache does not hold it.
+    """
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, token=token, ignore_patterns=_UNWANTED))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConversionError(_explain(repository, revision, error)) from error
+    try:
+        names = HfApi().list_repo_files(repository, revision=folder.name, token=token)
+    # the cache served it without a connection, whose errors belong to whatever HTTP client the Hub's library uses
+    except Exception:
+        names = []
+    unfetched = tuple(sorted(name for name in names if not (folder / name).exists()))
+    return folder, f"{repository}@{folder.name}", unfetched
+
+
+def _explain(repository: str, revision: str | None, error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    at = f" at revision {revision!r}" if revision else ""
+    if status in (401, 403, 404):
+        return (
+            f"{repository} is no local folder, and {constants.ENDPOINT} gives no model of that id{at} (status {status}); "
+            "check the spelling, or pass a token if it is private or gated"
+        )
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{repository} is no local folder, the cache does not hold it{at}, and HF_HUB_OFFLINE forbids asking the Hub; "
+            "pass a folder, or unset HF_HUB_OFFLINE"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{repository} is no local folder, and it could not be fetched from {constants.ENDPOINT}{at}: {reason}"

@@ -1,0 +1,33 @@
+"""What the README of a converted checkpoint says about its conversion."""
+
+import json
+
+from hf_sparse.conversion.target import Target
+
+
+def card(held: str | None, *, name: str, inner: str, target: Target) -> str:
+    """Return a README with a section on the conversion behind what it says already.
+
+    Args:
+        held: the source's README, front matter and all; None where there is none.
+        name: of the source.
+        inner: where the transformer lies in the checkpoint, "" for the top.
+        target: what it became.
+    """
+    pattern = json.dumps(target.entry.to_dict()["pattern"])
+    architecture = target.architectures[0]
+    subfolder = f', subfolder="{inner}"' if inner else ""
+    section = f"""## Converted to sparse attention
+
+This checkpoint was converted with `hf_sparse` from the dense `{architecture}` of `{name}`, and not trained since.
+It reads up to {target.length:,} tokens, where the dense one reads {target.length_before:,}.
+Its attention follows `{pattern}`.
+
+```python
+import hf_sparse  # registers the sparse classes; without it the next line raises
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/checkpoint"{subfolder})
+```
+"""
+    return section if held is None else f"{held.rstrip()}\n\n{section}"

@@ -1,0 +1,123 @@
+"""What a conversion did."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many tensors, and how many numbers they hold."""
+
+    tensors: int = 0
+    numbers: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.numbers:,} in {self.tensors:,} tensor{'' if self.tensors == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: the dense checkpoint; of the Hub's, with the commit.
+        destination: the folder of the sparse one.
+        model_type: of the sparse checkpoint.
+        pattern: the pattern of the layers that ``layers`` does not name, as plain values.
+        layers: patterns of single layers, or "dense".
+        max_length_before: longest input of the source, in tokens.
+        max_length: longest input of the destination, in tokens.
+        moved: parameters that stay as they were, byte for byte.
+        tiled: parameters of the tables of positions, as long as they are now; none where the length stays.
+        added: parameters that start as copies of others.
+        dropped: buffers of older versions that were left out; models make them anew.
+        files_carried: files beside the weights and config.json, as they were but for the limits.
+        files_raised: those of them whose limits of length were raised, or that gained a field.
+        files_left_behind: files that hold the dense model in other formats, or belong to its training.
+        density: pairs of tokens read, over all pairs, at ``max_length``, averaged over layers and heads; without the
+            global tokens that a task or a call marks.
+        wide_open_difference: the largest absolute difference between outputs of the source and of the destination with
+            every pattern wide open; None where they were not compared.
+        wide_open_note: what was compared, or why not.
+        seconds: how long it took.
+    """
+
+    source: str
+    destination: str
+    model_type: str
+    pattern: dict[str, Any]
+    layers: dict[str, Any]
+    max_length_before: int
+    max_length: int
+    moved: Count
+    tiled: Count
+    added: Count
+    dropped: Count
+    files_carried: tuple[str, ...]
+    files_raised: tuple[str, ...]
+    files_left_behind: tuple[str, ...]
+    density: float
+    wide_open_difference: float | None
+    wide_open_note: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    def table(self) -> Table:
+        """Return the report as a table for ``rich`` to print."""
+        table = Table(show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._rows():
+            table.add_row(name, value)
+        return table
+
+    def _rows(self) -> list[tuple[str, str]]:
+        fields = ", ".join(f"{key}={value}" for key, value in self.pattern.items() if key != "key")
+        rows = [
+            ("source", self.source),
+            ("destination", self.destination),
+            ("model type", self.model_type),
+            ("pattern", f"{self.pattern['key']}: {fields}"),
+            ("max length", f"{self.max_length_before:,} -> {self.max_length:,} tokens"),
+            ("density", f"{self.density:.4f} of all pairs at {self.max_length:,} tokens"),
+            ("parameters moved", str(self.moved)),
+            ("parameters tiled", str(self.tiled)),
+            ("parameters added", str(self.added)),
+            ("buffers dropped", str(self.dropped)),
+            ("files carried", _listed(self.files_carried)),
+            ("limits raised in", _listed(self.files_raised)),
+            ("files left behind", _listed(self.files_left_behind)),
+            ("wide open", self._wide_open()),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        if self.layers:
+            named = "; ".join(
+                f"{key}: {value if value == 'dense' else value['key']}" for key, value in self.layers.items()
+            )
+            rows.insert(4, ("layers", named))
+        return rows
+
+    def _wide_open(self) -> str:
+        if self.wide_open_difference is None:
+            return self.wide_open_note
+        return f"largest difference {self.wide_open_difference:.1e} ({self.wide_open_note})"
+
+    def __str__(self) -> str:
+        return (
+            f"Converted {self.source} to {self.destination} ({self.model_type}, pattern {self.pattern['key']}): reads "
+            f"{self.max_length:,} tokens where it read {self.max_length_before:,}, and {self.density:.2%} of all pairs at that "
+            f"length. Parameters moved: {self.moved}; tiled: {self.tiled}; added: {self.added}. Wide open: "
+            f"{self._wide_open()}. {self.seconds:.1f} s."
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if names else "none"

@@ -1,0 +1,210 @@
+"""Finding a dense checkpoint and checking that it is whole."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hf_sparse.conversion.hub import download
+from hf_sparse.conversion.shards import Shard, StoredTensor, read_shard
+from hf_sparse.errors import ConversionError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense checkpoint that is whole.
+
+    Attributes:
+        name: what the caller called it; of the Hub's, with the commit.
+        root: its folder.
+        inner: where the transformer lies in it: "" or, as in older sentence-transformers' checkpoints, "0_Transformer".
+        config: what config.json holds.
+        shards: its weights.
+        index: what the index of its shards holds; None where there is one file.
+        files: every file, as paths relative to ``root``.
+        is_from_hub: whether it was downloaded.
+        unfetched: files of the Hub's that were not.
+    """
+
+    name: str
+    root: Path
+    inner: str
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None
+    files: tuple[PurePosixPath, ...]
+    is_from_hub: bool
+    unfetched: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The folder with config.json and the weights."""
+        return self.root / self.inner
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor, by name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Checkpoint:
+    """Find a dense checkpoint and check it.
+
+    Args:
+        source: a folder, or the id of a model on the Hub.
+        revision: branch, tag or commit, of the Hub's.
+        token: for the Hub; None takes the one that was logged in with.
+
+    Raises:
+        ConversionError: if it is no checkpoint, is not whole, brings code of its own or is sparse already.
+    """
+    root, name, is_from_hub, unfetched = _locate(source, revision, token)
+    files = tuple(sorted(_files(root)))
+    inner = _transformer_folder(root)
+    folder = root / inner
+    if not (folder / "config.json").is_file():
+        is_adapter = (folder / "adapter_config.json").is_file()
+        way_out = "merge the adapter into its model and save that" if is_adapter else "pass the folder that holds it"
+        raise ConversionError(f"{name} is not a checkpoint: {folder} holds no config.json; {way_out}")
+    config = read_json(folder / "config.json")
+    _check_code(name, folder, config)
+    if "sparse_attention" in config or str(config.get("model_type", "")).startswith("sparse_"):
+        raise ConversionError(
+            f"{name} is sparse already (model_type {config.get('model_type')!r}); load it as it is, or convert the dense "
+            "checkpoint it came from with another pattern"
+        )
+    if config.get("quantization_config"):
+        raise ConversionError(
+            f"{name} is quantized (quantization_config in config.json), and conversion copies plain weights; convert the "
+            "checkpoint it was made from"
+        )
+    shards, index = _read_weights(name, folder, unfetched)
+    for path in files:
+        if not os.access(root / path, os.R_OK):
+            raise ConversionError(f"{root / path} may not be read; change its permissions")
+    return Checkpoint(name, root, inner, config, shards, index, files, is_from_hub, unfetched)
+
+
+def _locate(
+    source: str | os.PathLike[str], revision: str | None, token: str | bool | None
+) -> tuple[Path, str, bool, tuple[str, ...]]:
+    """Return the folder of a source, its name, whether it is the Hub's, and what was not downloaded."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ConversionError(f"revision {revision!r} is for the Hub, but {source} is a local folder; leave it out")
+        return path.resolve(), str(source), False, ()
+    if path.exists():
+        raise ConversionError(f"{source} is a file; pass the folder of the checkpoint")
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise ConversionError(f"{source} is not a checkpoint: there is no such folder, and it is no id of the Hub's")
+    folder, name, unfetched = download(source, revision=revision, token=token)
+    return folder, name, True, unfetched
+
+
+def _files(root: Path) -> Iterator[PurePosixPath]:
+    """Yield every file below a folder; links are followed, each folder once."""
+    seen = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder)
+        if here in seen:
+            inner.clear()
+            continue
+        seen.add(here)
+        for name in names:
+            path = Path(folder, name)
+            if path.is_file():
+                yield PurePosixPath(path.relative_to(root).as_posix())
+
+
+def _transformer_folder(root: Path) -> str:
+    """Return where sentence-transformers' list of modules puts the transformer; "" where there is no such list."""
+    if not (root / "modules.json").is_file():
+        return ""
+    modules = read_json(root / "modules.json", kind=list)
+    found = [module.get("path", "") for module in modules if str(module.get("type", "")).endswith(".Transformer")]
+    if not found:
+        return ""
+    inner = str(found[0])
+    if Path(inner).is_absolute() or ".." in Path(inner).parts:
+        raise ConversionError(f"{root / 'modules.json'} puts the transformer at {inner!r}, outside the checkpoint")
+    return inner
+
+
+def _check_code(name: str, folder: Path, config: dict[str, Any]) -> None:
+    tokenizer = folder / "tokenizer_config.json"
+    held = [("config.json", config)]
+    if tokenizer.is_file():
+        held.append(("tokenizer_config.json", read_json(tokenizer)))
+    for file, values in held:
+        if values.get("auto_map"):
+            raise ConversionError(
+                f"{name} brings code of its own (auto_map in {file}, loaded with trust_remote_code), which conversion never "
+                "runs; convert a checkpoint of a model type that transformers has"
+            )
+
+
+def _read_weights(
+    name: str, folder: Path, unfetched: tuple[str, ...]
+) -> tuple[tuple[Shard, ...], dict[str, Any] | None]:
+    if (folder / WEIGHTS).is_file():
+        return (read_shard(folder / WEIGHTS),), None
+    if not (folder / INDEX).is_file():
+        stray = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+        if stray:
+            raise ConversionError(f"{name} has {stray[0]} but no {INDEX}; fetch or save the checkpoint again")
+        pickles = [file for file in _PICKLES if (folder / file).exists() or file in unfetched]
+        if pickles:
+            raise ConversionError(
+                f"{name} has its weights only as {pickles[0]}, which conversion does not read (a pickle may run code); load "
+                "it with transformers and save it again: save_pretrained writes safetensors"
+            )
+        raise ConversionError(f"{name} is not a checkpoint: {folder} holds no weights ({WEIGHTS} or {INDEX})")
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{folder / INDEX} has no weight_map; fetch or save the checkpoint again")
+    shards = []
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ConversionError(f"{name} lacks the shard {file} that its index names; fetch the checkpoint again")
+        shard = read_shard(folder / file)
+        held = {tensor.name for tensor in shard.tensors}
+        lacking = sorted(key for key, place in weight_map.items() if place == file and key not in held)
+        if lacking:
+            raise ConversionError(
+                f"{folder / file} lacks {_some(lacking)}, which the index says it holds; fetch it again"
+            )
+        shards.append(shard)
+    return tuple(shards), index
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ConversionError: if it is not JSON or not of the kind.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ConversionError(
+            f"{path} must hold a JSON {'object' if kind is dict else 'list'}, got {type(value).__name__}"
+        )
+    return value

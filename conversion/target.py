@@ -1,0 +1,222 @@
+"""What a checkpoint becomes: its sparse config, its classes, and the names of the weights it gains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_sparse.conversion.source import Checkpoint
+from hf_sparse.errors import ConversionError, UnsupportedModelError
+from hf_sparse.integration.auto import sparse_model_class
+from hf_sparse.integration.entry import Entry, make_entry
+from hf_sparse.integration.layers import projections, self_attention_modules
+from hf_sparse.integration.sparsify import sparse_config
+from hf_sparse.integration.support import FAMILIES, check_obeys
+from hf_sparse.patterns import Pattern
+
+# transformers reads these from config.json too, and they would take our attention's place
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a checkpoint becomes.
+
+    Attributes:
+        dense_class: the class of the source's first known architecture.
+        architectures: names for config.json.
+        dense_config: the source's config.
+        config: the sparse config.
+        entry: which pattern serves which layer.
+        num_layers: self-attention layers of the model.
+        length_before: longest input of the source, in tokens.
+        length: longest input of the destination, in tokens.
+        offset: rows of the position table that come before position 0.
+        copies: maps the names of weights that are added to the names of those they start as copies of, as the class has them.
+        shapes: of the weights of the dense class, by name.
+    """
+
+    dense_class: Any
+    architectures: tuple[str, ...]
+    dense_config: PreTrainedConfig
+    config: PreTrainedConfig
+    entry: Entry
+    num_layers: int
+    length_before: int
+    length: int
+    offset: int
+    copies: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def model_type(self) -> str:
+        """The dense model type."""
+        return str(self.dense_config.model_type)
+
+    @property
+    def position_suffix(self) -> str:
+        """How the name of the position table ends."""
+        return FAMILIES[self.model_type].positions
+
+    @property
+    def base_prefix(self) -> str:
+        """What stands before the names of the base model's weights in a model with a head."""
+        return f"{self.dense_class.base_model_prefix}."
+
+    def config_json(self, held: dict[str, Any], separator: int | None) -> dict[str, Any]:
+        """Return what config.json is to hold.
+
+        Args:
+            held: what the source's holds; every field of it that is not ours stays.
+            separator: id of the tokenizer's separator, for a config that does not name it; or None.
+        """
+        kept = {key: value for key, value in held.items() if key not in _ATTENTION_KEYS}
+        if kept.get("sep_token_id") is None and separator is not None:
+            kept["sep_token_id"] = separator
+        return {
+            **kept,
+            "architectures": [f"Sparse{name}" for name in self.architectures],
+            "max_position_embeddings": self.length + self.offset,
+            "model_type": self.config.model_type,
+            "sparse_attention": self.entry.to_dict(),
+        }
+
+
+def plan_target(
+    checkpoint: Checkpoint,
+    pattern: Pattern,
+    *,
+    max_length: int | None = None,
+    layers: Mapping[int | str, Pattern | str] | None = None,
+) -> Target:
+    """Say what a checkpoint becomes.
+
+    Raises:
+        UnsupportedModelError: if its model type cannot be converted; says why.
+        ConversionError: if its config cannot be read.
+        ValueError: if the pattern, a layer or the length does not fit it.
+    """
+    entry = make_entry(pattern, layers)
+    dense_config = _read_config(checkpoint)
+    classes = _dense_classes(checkpoint, dense_config)
+    family = FAMILIES.get(dense_config.model_type)
+    if family is None:
+        raise _not_convertible(classes[0], dense_config)
+    _check_positions(checkpoint, dense_config, counts_from_padding=family.counts_from_padding)
+    check_obeys(classes[0], dense_config)
+    config = sparse_config(dense_config, pattern, max_length=max_length, layers=layers)
+    # on the meta device: names and shapes without memory
+    with torch.device("meta"):
+        model = sparse_model_class(classes[0])(config)
+        dense = classes[0](dense_config)
+    modules = self_attention_modules(model)
+    length = family.length(config)
+    for served in {entry.pattern_of(stack, index) for stack, index, *_ in modules}:
+        if served is not None:
+            served.check(num_layers=len(modules), num_heads=config.num_attention_heads, length=length)
+    return Target(
+        dense_class=classes[0],
+        architectures=tuple(cls.__name__ for cls in classes),
+        dense_config=dense_config,
+        config=config,
+        entry=entry,
+        num_layers=len(modules),
+        length_before=family.length(dense_config),
+        length=length,
+        offset=family.offset(dense_config),
+        copies=_copies(model),
+        shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
+    )
+
+
+def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        said = f"names the model type {model_type!r}, which" if model_type else "names no model_type, which"
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: config.json {said} this transformers ({transformers.__version__}) cannot load; convertible: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder)
+    # a field of a wrong type raises one of several classes of huggingface_hub's
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ConversionError(
+            f"{checkpoint.folder / 'config.json'} cannot be read as a {model_type} config: {' '.join(reason)[:300]}"
+        ) from error
+
+
+def _dense_classes(checkpoint: Checkpoint, config: PreTrainedConfig) -> list[Any]:
+    """Return the classes that the source names and transformers has for its type; else the base class."""
+    found = [getattr(transformers, name, None) for name in checkpoint.config.get("architectures") or []]
+    known = [
+        cls
+        for cls in found
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is type(config)
+    ]
+    if known:
+        return known
+    base: Any = AutoModel._model_mapping.get(type(config), None)
+    if base is None:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} cannot be converted: transformers has no base model for it; convertible: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    return list(base) if isinstance(base, (tuple, list)) else [base]
+
+
+def _not_convertible(dense: type[PreTrainedModel], config: PreTrainedConfig) -> UnsupportedModelError:
+    """Return why a model type that has no row in the table cannot be converted."""
+    known = f"convertible: {', '.join(sorted(FAMILIES))}"
+    try:
+        check_obeys(dense, config)
+    except UnsupportedModelError as error:
+        return UnsupportedModelError(f"{error}; {known}")
+    # the check makes a tiny copy of any model there is: where that fails the type is unknown to us
+    except Exception:
+        return UnsupportedModelError(f"model type {config.model_type!r} cannot be converted; {known}")
+    return UnsupportedModelError(
+        f"model type {config.model_type!r} cannot be converted yet: how it stores positions is not in the table; "
+        f"hf_sparse.sparsify_ can make it sparse in memory; {known}"
+    )
+
+
+def _check_positions(checkpoint: Checkpoint, config: Any, *, counts_from_padding: bool) -> None:
+    kind = checkpoint.config.get("position_embedding_type") or "absolute"
+    if kind != "absolute":
+        raise UnsupportedModelError(
+            f"{checkpoint.name} has position_embedding_type {kind!r}, which transformers {transformers.__version__} no longer "
+            "computes; only checkpoints with 'absolute' positions can be converted"
+        )
+    if counts_from_padding and not isinstance(config.pad_token_id, int):
+        raise ConversionError(
+            f"{checkpoint.name}: pad_token_id must be a number, got {config.pad_token_id!r}: positions are counted from it; "
+            "set it in config.json"
+        )
+
+
+def _copies(model: nn.Module) -> dict[str, str]:
+    """Return the weights that patterns own, each with the weight it starts as a copy of."""
+    names = {id(module): name for name, module in model.named_modules()}
+    copies = {}
+    for _, _, path, module in self_attention_modules(model):
+        state = getattr(module, "sparse_state", None)
+        if state is None:
+            continue
+        own = dict(zip(("query", "key", "value"), projections(module), strict=True))
+        for key in state.state_dict():
+            part, _, kind = key.rpartition(".")
+            if part not in own or kind not in dict(own[part].named_parameters()):
+                raise ConversionError(
+                    f"{path}: the pattern owns the weight {key!r}, and conversion does not know what it starts as; "
+                    "use hf_sparse.sparsify_"
+                )
+            copies[f"{path}.sparse_state.{key}"] = f"{names[id(own[part])]}.{kind}"
+    return copies

@@ -1,0 +1,123 @@
+"""Does the destination, with its pattern wide open, say what the source says?"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_sparse.conversion.target import Target
+from hf_sparse.errors import UnfinishedConversionError
+from hf_sparse.integration.auto import sparse_model_class
+from hf_sparse.integration.entry import Entry
+
+# larger differences, against the largest output, are no rounding of float32
+_TOLERANCE = 1e-3
+_MOST_TOKENS = 512
+
+
+def wide_open_difference(source: Path, destination: Path, target: Target) -> tuple[float | None, str]:
+    """Compare the source with the destination, whose patterns are opened wide for it.
+
+    A batch of two random texts, one of them padded, is read by both in float32.
+
+    Args:
+        source: folder of the dense checkpoint.
+        destination: folder of the sparse one.
+        target: what was converted.
+
+    Returns:
+        The largest absolute difference, or None where a pattern cannot be wide open; and what was done, in words.
+
+    Raises:
+        UnfinishedConversionError: if the two differ by more than rounding.
+    """
+    tokens = min(_MOST_TOKENS, target.length_before)
+    try:
+        opened = Entry(
+            target.entry.pattern.wide_open(tokens),
+            tuple((key, pattern and pattern.wide_open(tokens)) for key, pattern in target.entry.layers),
+        )
+    except ValueError as error:
+        return None, f"not comparable: {error}"
+    config = copy.deepcopy(target.config)
+    config.sparse_attention = opened.to_dict()
+    inputs = _inputs(target, tokens)
+    marks = _marks_global(target, inputs)
+    with _quietly(), torch.random.fork_rng(devices=[]):
+        want, is_whole = _outputs(target.dense_class, source, copy.deepcopy(target.dense_config), inputs)
+        got, _ = _outputs(sparse_model_class(target.dense_class), destination, config, {**inputs, **marks})
+    # weights that the source lacks are random in both: only what stands before the head can be compared
+    names = [name for name in want if name in got and (is_whole or name == "last_hidden_state")]
+    largest = 0.0
+    for name in names:
+        difference = (want[name] - got[name]).abs().max().item()
+        scale = want[name].abs().max().item()
+        if not difference <= _TOLERANCE * scale:
+            raise UnfinishedConversionError(
+                f"the converted model differs from its source by {difference:.2e} in {name} (of at most {scale:.2e}) with the "
+                "pattern wide open, so nothing was kept; please report this with the name of the checkpoint"
+            )
+        largest = max(largest, difference)
+    return largest, f"{' and '.join(names)} on 2 texts of up to {tokens} tokens, float32"
+
+
+def _inputs(target: Target, tokens: int) -> dict[str, Tensor]:
+    """Return two random texts, the second padded for two fifths of its length."""
+    config = target.dense_config
+    generator = torch.Generator().manual_seed(0)
+    padding = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    # any token but the padding one, from which RoBERTa reads where the padding is
+    ids = torch.randint(0, max(config.vocab_size - 1, 1), (2, tokens), generator=generator)
+    ids = ids + (ids >= padding)
+    mask = torch.ones(2, tokens, dtype=torch.int64)
+    mask[1, max(1, 3 * tokens // 5) :] = 0
+    ids = torch.where(mask == 0, torch.tensor(padding), ids)
+    return {"input_ids": ids.clamp(max=config.vocab_size - 1), "attention_mask": mask}
+
+
+def _marks_global(target: Target, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a mask of global tokens where the patterns have them, so that weights of their own are compared too."""
+    patterns = [target.entry.pattern, *(pattern for _, pattern in target.entry.layers if pattern is not None)]
+    if not all(pattern.has_global_tokens for pattern in patterns):
+        return {}
+    mask = torch.zeros_like(inputs["attention_mask"])
+    mask[:, 0] = 1
+    return {"global_attention_mask": mask}
+
+
+def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Return what a model says of the real tokens, and whether the checkpoint holds all its weights."""
+    config.use_cache = False
+    model, found = cls.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    model.eval()
+    mask = inputs["attention_mask"] != 0
+    if cls.__name__.endswith("ForMultipleChoice"):
+        inputs = {name: value[:, None] for name, value in inputs.items()}
+    with torch.no_grad():
+        said = model(**inputs, output_hidden_states=True)
+    outputs = {
+        name: value[mask] if value.shape[:2] == mask.shape else value
+        for name, value in said.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    outputs.setdefault("last_hidden_state", said.hidden_states[-1][mask])
+    return outputs, not found["missing_keys"]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' bars and its notes on weights that are not used from the terminal."""
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,173 @@
+"""Which tensors are carried, tiled, added and dropped, shard by shard."""
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_sparse.conversion.report import Count
+from hf_sparse.conversion.shards import Piece, StoredTensor, header_of
+from hf_sparse.conversion.source import INDEX, Checkpoint
+from hf_sparse.conversion.target import Target
+from hf_sparse.errors import ConversionError
+from hf_sparse.integration.positions import tile_positions
+
+# buffers that older versions saved, as long as the table of positions; models make them anew
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A weights file of the destination.
+
+    Attributes:
+        name: of the file.
+        pieces: the tensors it will hold.
+        metadata: the file's own notes.
+    """
+
+    name: str
+    pieces: list[Piece]
+    metadata: dict[str, str]
+
+    @property
+    def size(self) -> int:
+        """Length of the file, in bytes."""
+        return len(header_of(self.pieces, self.metadata)[0]) + sum(piece.size for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class PlannedWeights:
+    """All weights files of the destination.
+
+    Attributes:
+        shards: the files.
+        index: what the index of the shards is to hold; None where there is one file.
+        moved: tensors that stay as they are.
+        tiled: tensors that become longer, with the numbers they then have.
+        added: tensors that start as copies.
+        dropped: tensors that are left out.
+    """
+
+    shards: list[PlannedShard]
+    index: dict[str, Any] | None
+    moved: Count
+    tiled: Count
+    added: Count
+    dropped: Count
+
+
+def plan_weights(checkpoint: Checkpoint, target: Target) -> PlannedWeights:
+    """Say what becomes of every tensor.
+
+    Raises:
+        ConversionError: if the checkpoint lacks a tensor that is needed, or one has an unexpected shape.
+    """
+    _check_whole(checkpoint, target)
+    copies = _copies(checkpoint, target)
+    made: dict[str, list[int]] = {kind: [] for kind in ("moved", "tiled", "added", "dropped")}
+    shards = []
+    for shard in checkpoint.shards:
+        pieces = []
+        for tensor in shard.tensors:
+            if tensor.name.endswith(_BUFFERS):
+                made["dropped"].append(tensor.numbers)
+                continue
+            is_tiled = _is_table(tensor, target) and target.length > target.length_before
+            pieces.append(_tile(tensor, target) if is_tiled else _carry(tensor, tensor.name))
+            made["tiled" if is_tiled else "moved"].append(prod(pieces[-1].shape))
+            added = [_carry(tensor, name) for name in copies.get(tensor.name, ())]
+            made["added"] += [tensor.numbers] * len(added)
+            pieces += added
+        shards.append(PlannedShard(shard.path.name, pieces, shard.metadata))
+    counts = {kind: Count(len(numbers), sum(numbers)) for kind, numbers in made.items()}
+    return PlannedWeights(shards, _index(checkpoint, shards), **counts)
+
+
+def _copies(checkpoint: Checkpoint, target: Target) -> dict[str, list[str]]:
+    """Return, for each tensor of the source that is copied, the names of its copies, in the source's way of naming."""
+    copies: dict[str, list[str]] = {}
+    for new, origin in target.copies.items():
+        spell = _spelling(checkpoint.tensors, origin, target)
+        if spell is None:
+            raise ConversionError(f"{checkpoint.name} lacks the tensor {origin}, which {new} would start as a copy of")
+        copies.setdefault(spell(origin), []).append(spell(new))
+    return copies
+
+
+def _spelling(tensors: Container[str], name: str, target: Target) -> Callable[[str], str] | None:
+    """Return how a source spells the names of a class: with or without the prefix of the base model, whatever it does."""
+    prefix = target.base_prefix
+    spellings: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda name: name.removeprefix(prefix),
+        lambda name: prefix + name,
+    )
+    return next((spell for spell in spellings if spell(name) in tensors), None)
+
+
+def _check_whole(checkpoint: Checkpoint, target: Target) -> None:
+    """Check that the base model is all there, and that every weight that is there has the shape of the config."""
+    tensors = {
+        # as old checkpoints named them, and transformers still reads them
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    is_bare = not any(name.startswith(target.base_prefix) for name in target.shapes)
+    lacking = []
+    for name, shape in target.shapes.items():
+        spell = _spelling(tensors, name, target)
+        if spell is not None and tensors[spell(name)].shape != shape:
+            raise ConversionError(
+                f"{checkpoint.name}: {spell(name)} has shape {list(tensors[spell(name)].shape)}, but by config.json it has "
+                f"{list(shape)}; set the config right"
+            )
+        # a head may start anew, and so may the pooler that some heads have
+        if spell is None and (is_bare or name.startswith(target.base_prefix)) and "pooler." not in name:
+            lacking.append(name)
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ConversionError(
+            f"{checkpoint.name} lacks the tensor {lacking[0]}{more}; it is not a whole {target.dense_class.__name__} checkpoint"
+        )
+
+
+def _is_table(tensor: StoredTensor, target: Target) -> bool:
+    return f".{tensor.name}".endswith(f".{target.position_suffix}")
+
+
+def _carry(tensor: StoredTensor, name: str) -> Piece:
+    return Piece(name, tensor.dtype, tensor.shape, tensor.stop - tensor.start, tensor.chunks)
+
+
+def _tile(tensor: StoredTensor, target: Target) -> Piece:
+    rows = target.length + target.offset
+    width = (tensor.stop - tensor.start) // tensor.shape[0]
+
+    def chunks() -> Iterator[bytes]:
+        # as bytes, so that every type is moved and none is rounded
+        held = bytearray().join(tensor.chunks())
+        table = torch.frombuffer(held, dtype=torch.uint8).view(tensor.shape[0], width)
+        yield tile_positions(table, rows, offset=target.offset).numpy().tobytes()
+
+    return Piece(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]), rows * width, chunks)
+
+
+def _index(checkpoint: Checkpoint, shards: list[PlannedShard]) -> dict[str, Any] | None:
+    if checkpoint.index is None:
+        return None
+    pieces = [(piece, shard.name) for shard in shards for piece in shard.pieces]
+    metadata = {**(checkpoint.index.get("metadata") or {}), "total_size": sum(piece.size for piece, _ in pieces)}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(prod(piece.shape) for piece, _ in pieces)
+    weight_map = {piece.name: name for piece, name in sorted(pieces, key=lambda pair: pair[0].name)}
+    return {**checkpoint.index, "metadata": metadata, "weight_map": weight_map}
+
+
+def weight_files(checkpoint: Checkpoint) -> set[Path]:
+    """Return the files of the source that hold its weights, with their index."""
+    files = {shard.path for shard in checkpoint.shards}
+    return files if checkpoint.index is None else files | {checkpoint.folder / INDEX}

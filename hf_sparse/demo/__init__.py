@@ -1,0 +1,5 @@
+"""The demo: a real dense checkpoint made sparse, reading real long documents, against what people do today."""
+
+from hf_sparse.demo.run import run
+
+__all__ = ["run"]

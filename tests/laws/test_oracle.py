@@ -1,0 +1,70 @@
+"""Law 2: a backend equals the oracle, outputs and gradients, in float64 written with loops."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_sparse import sparse_attention
+from tests.pattern_cases import BACKENDS, CASES, NEVER_EMPTY, Case, Setting, case_name, sampled
+from tests.support.gradients import with_gradients
+from tests.support.rounding import assert_same_maths
+from tests.support.softmax import attend_by_rows, random_tensors
+
+WIDTH = 4
+# 200 is enough for runs of whole blocks that share a mask
+LENGTHS = (1, 7, 65, 200)
+
+
+@functools.cache
+def oracle(case: Case, n: int, is_causal: bool, has_lse: bool) -> list[Tensor]:
+    """Return output, logsumexp if asked for, and gradients of the oracle on layer 1."""
+    mask = case.mask(Setting(n, 1, is_causal))[None]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        out, lse = attend_by_rows(query, key, value, mask)
+        return (out, lse) if has_lse else out
+
+    return with_gradients(attend, random_tensors(tokens=n, key_heads=2, width=WIDTH))
+
+
+def check(case: Case, n: int, is_causal: bool, backend: str, *, has_lse: bool) -> None:
+    """Compare a backend with the oracle in everything that comes back."""
+    attend = functools.partial(
+        sparse_attention, pattern=case.pattern, is_causal=is_causal, layer=1, backend=backend, return_lse=has_lse
+    )
+    results = with_gradients(attend, random_tensors(tokens=n, key_heads=2, width=WIDTH))
+    for actual, wanted in zip(results, oracle(case, n, is_causal, has_lse), strict=True):
+        assert_same_maths(actual, wanted, terms=n + WIDTH)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both_sides", "causal"])
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_outputs_and_gradients_equal_the_loop_oracle(case: Case, n: int, is_causal: bool, backend: str) -> None:
+    check(case, n, is_causal, backend, has_lse=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both_sides", "causal"])
+@pytest.mark.parametrize("case", sampled())
+def test_gradients_flow_through_the_logsumexp(case: Case, is_causal: bool, backend: str) -> None:
+    check(case, 65, is_causal, backend, has_lse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both_sides", "causal"])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 63, 64, 127, 129, 331])
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_every_length_equals_the_loop_oracle(case: Case, n: int, is_causal: bool, backend: str) -> None:
+    check(case, n, is_causal, backend, has_lse=True)
+
+
+@pytest.mark.parametrize("case", NEVER_EMPTY, ids=case_name)
+def test_numerical_gradients_agree(case: Case) -> None:
+    attend = functools.partial(sparse_attention, pattern=case.pattern, backend="gather", return_lse=True)
+    leaves = [tensor.requires_grad_() for tensor in random_tensors(tokens=9, width=2, key_heads=2)]
+    assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)

@@ -1,0 +1,172 @@
+"""The patterns that every law is tried on, each with the loop rule that says what it should be."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import hf_sparse
+from hf_sparse.parts import BlockTable, Scope
+from hf_sparse.patterns import Pattern
+from tests.support import rules
+from tests.support.rules import Rule
+
+HEADS = 4
+BACKENDS = ("dense", "gather")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a rule may depend on besides positions; ``positions`` of a global mask replace the pattern's own."""
+
+    n: int
+    layer: int = 0
+    is_causal: bool = False
+    positions: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pattern for ``HEADS`` heads and its rule.
+
+    Attributes:
+        name: names the test.
+        pattern: what is tried.
+        rule: the oracle's definition under a setting.
+        is_never_empty: whether every token reads at least one, whatever the length.
+    """
+
+    name: str
+    pattern: Pattern
+    rule: Callable[[Setting], Rule]
+    is_never_empty: bool = True
+
+    @functools.cache  # noqa: B019 - the cases live as long as the tests do
+    def mask(self, setting: Setting) -> Tensor:
+        """Draw the rule: bool ``[HEADS, n, n]``."""
+        return rules.draw(self.rule(setting), setting.n, heads=HEADS, is_causal=setting.is_causal)
+
+
+def random_table(pattern: Pattern, setting: Setting, *, heads: int = HEADS) -> list[list[set[int]]]:
+    """Return the random blocks that a pattern drew, as given: ``tests/patterns`` says what they have to be."""
+    scope = Scope(setting.n, heads, setting.layer, setting.is_causal)
+    (table,) = (part.table for part in pattern.parts(scope) if isinstance(part, BlockTable))
+    rows = table.expand(heads, -1, -1).tolist()
+    return [[{block for block in row if block >= 0} for row in head] for head in rows]
+
+
+def _random(pattern: Pattern, block: int) -> Callable[[Setting], Rule]:
+    return lambda s: rules.random_blocks(block, random_table(pattern, s))
+
+
+def _bigbird(pattern: Pattern, block: int) -> Callable[[Setting], Rule]:
+    return lambda s: rules.bigbird(block, s.n, random_table(pattern, s), is_causal=s.is_causal)
+
+
+def _global(own: tuple[int, ...], s: Setting) -> tuple[int, ...]:
+    return own if s.positions is None else s.positions
+
+
+def _case(name: str, pattern: Pattern, rule: Callable[[Setting], Rule], **claims: bool) -> Case:
+    return Case(name, pattern, rule, **claims)
+
+
+_make = hf_sparse.pattern
+_RANDOM = _make("random", block_size=8, num_random_blocks=2, seed=3)
+_RANDOM_ONE = _make("random", block_size=4, num_random_blocks=1)
+_BIGBIRD = _make("bigbird", block_size=8, num_random_blocks=2)
+_BIGBIRD_FULL = _make("bigbird", block_size=8, num_random_blocks=2, random_plan="full_length")
+_BIGBIRD_PADDED = _make("bigbird", block_size=8, num_random_blocks=2, length="padded")
+
+CASES = (
+    _case("band", _make("band", radius=3), lambda s: rules.band(3)),
+    _case("dilated", _make("dilated", radius=2, dilation=3), lambda s: rules.dilated(2, 3)),
+    _case("strided", _make("strided", stride=5), lambda s: rules.strided(5)),
+    _case("block_local", _make("block_local", block_size=8), lambda s: rules.block_local(8)),
+    _case(
+        "global",
+        _make("global", positions=(0, 5, 30)),
+        lambda s: rules.global_tokens(_global((0, 5, 30), s)),
+        is_never_empty=False,
+    ),
+    _case("random", _RANDOM, _random(_RANDOM, 8), is_never_empty=False),
+    _case(
+        "longformer",
+        _make("longformer", window=6, global_tokens=(0, 9)),
+        lambda s: rules.longformer(6, _global((0, 9), s)),
+    ),
+    _case(
+        "longformer_dilated_by_head",
+        _make("longformer", window=4, global_tokens=(2,), dilation=(1, 3, 1, 2)),
+        lambda s: rules.longformer(4, _global((2,), s), dilation=(1, 3, 1, 2)),
+    ),
+    _case(
+        "longformer_window_by_layer",
+        _make("longformer", window=(4, 10)),
+        lambda s: rules.longformer((4, 10), _global((), s), layer=s.layer),
+    ),
+    _case("bigbird_published", _BIGBIRD, _bigbird(_BIGBIRD, 8)),
+    _case("bigbird_full_length", _BIGBIRD_FULL, _bigbird(_BIGBIRD_FULL, 8)),
+    _case("bigbird_padded", _BIGBIRD_PADDED, _bigbird(_BIGBIRD_PADDED, 8)),
+    _case(
+        "union_of_windows",
+        _make("band", radius=2) | _make("strided", stride=7),
+        lambda s: rules.union(rules.band(2), rules.strided(7)),
+    ),
+    _case(
+        "union_of_all_atoms",
+        _make("block_local", block_size=6)
+        | _make("global", positions=(1, 40))
+        | _RANDOM
+        | _RANDOM_ONE
+        | _make("dilated", radius=2, dilation=2)
+        | _make("band", radius=1),
+        lambda s: rules.union(
+            rules.block_local(6),
+            rules.global_tokens(_global((1, 40), s)),
+            _random(_RANDOM, 8)(s),
+            _random(_RANDOM_ONE, 4)(s),
+            rules.dilated(2, 2),
+            rules.band(1),
+        ),
+    ),
+    _case(
+        "by_head",
+        hf_sparse.by_head(
+            {
+                (0, 2): _make("band", radius=2) | _make("global", positions=(3,)),
+                1: _BIGBIRD_FULL,
+                3: _RANDOM | _make("strided", stride=4),
+            }
+        ),
+        lambda s: rules.by_head(
+            {head: rules.union(rules.band(2), rules.global_tokens(_global((3,), s))) for head in (0, 2)}
+            | {1: _bigbird(_BIGBIRD_FULL, 8)(s), 3: rules.union(_random(_RANDOM, 8)(s), rules.strided(4))}
+        ),
+    ),
+)
+NEVER_EMPTY = tuple(case for case in CASES if case.is_never_empty)
+WITH_GLOBALS = tuple(case for case in CASES if case.pattern.has_global_tokens)
+
+
+# windows and globals on some heads, blocks and globals, nothing but random blocks, all parts at once, heads that differ
+SAMPLE = ("longformer_dilated_by_head", "bigbird_published", "random", "union_of_all_atoms", "by_head")
+
+
+def sampled(cases: tuple[Case, ...] = CASES) -> list[Any]:
+    """Return parameters of a test: a few cases always, the others where slow tests run too."""
+    marks = {case.name: () if case.name in SAMPLE else pytest.mark.slow for case in cases}
+    return [pytest.param(case, marks=marks[case.name], id=case.name) for case in cases]
+
+
+def case_of(name: str) -> Case:
+    """Return a case by its name."""
+    return next(case for case in CASES if case.name == name)
+
+
+def case_name(case: Case) -> str:
+    """Name a case in a test's identity."""
+    return case.name

@@ -1,0 +1,257 @@
+"""The command line: what it prints, its exit codes, and errors in one line."""
+
+import json
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+import hf_sparse
+from hf_sparse import cli, console
+from hf_sparse.conversion import shards
+from tests.support.checkpoints import write_checkpoint, write_tokenizer
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def hf_sparse_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Return a function that runs ``hf-sparse`` here: its exit code, stdout and stderr."""
+    held = signal.getsignal(signal.SIGTERM)
+
+    def command(*args: str) -> tuple[int, str, str]:
+        # bars of the models that a test saved
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            console.run(cli.app, "hf-sparse", args)
+        said = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, said.out, said.err
+
+    yield command
+    signal.signal(signal.SIGTERM, held)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """A tiny BERT in two shards, with a tokenizer: 128 tokens."""
+    write_checkpoint(tmp_path / "dense", "Bert", "ForMaskedLM", max_shard_size="60KB")
+    write_tokenizer(tmp_path / "dense", "Bert")
+    return str(tmp_path / "dense")
+
+
+def test_patterns_lists_every_pattern_with_its_defaults(hf_sparse_command: Command) -> None:
+    code, out, _ = hf_sparse_command("patterns", "--json")
+    rows = {row["key"]: row for row in json.loads(out)}
+    assert code == 0
+    assert rows.keys() == hf_sparse.PATTERNS.keys()
+    for key, row in rows.items():
+        assert hf_sparse.pattern(key, **row["fields"]).to_dict() == hf_sparse.pattern(key).to_dict()
+        assert row["meaning"].endswith(".")
+    code, out, _ = hf_sparse_command("patterns")
+    assert code == 0
+    assert all(key in out for key in rows)
+
+
+def test_show_draws_a_row_for_a_query(hf_sparse_command: Command) -> None:
+    code, out, err = hf_sparse_command("show", "band", "--set", "radius=1", "--length", "4")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["│████    │", "│██████  │", "│  ██████│", "│    ████│", "density 0.6250 of 4 x 4 pairs"]
+    _, out, _ = hf_sparse_command("show", "band", "--set", "radius=1", "-n", "4", "--causal")
+    assert out.splitlines()[1] == "│████    │"
+
+
+def test_show_draws_heads_that_differ(hf_sparse_command: Command) -> None:
+    by_head = hf_sparse.by_head({range(2): hf_sparse.pattern("band", radius=0), 2: hf_sparse.pattern("global")})
+    code, out, _ = hf_sparse_command("show", json.dumps(by_head.to_dict()), "--length", "2", "--heads", "3")
+    assert code == 0
+    assert out.splitlines() == [
+        "heads 0 1",
+        "│██  │",
+        "│  ██│",
+        "head 2",
+        "│████│",
+        "│██  │",
+        "density 0.5833 of 2 x 2 pairs",
+    ]
+
+
+def test_show_as_json_is_the_mask(hf_sparse_command: Command) -> None:
+    args = ("bigbird", "--set", "block_size=4", "--set", "random_plan=full_length", "--heads", "2", "--layer", "1")
+    code, out, _ = hf_sparse_command("show", *args, "--json")
+    said = json.loads(out)
+    pattern = hf_sparse.pattern("bigbird", block_size=4, random_plan="full_length")
+    mask = torch.tensor([[[char == "1" for char in row] for row in head] for head in said["mask"]])
+    assert code == 0
+    assert torch.equal(mask, pattern.mask(32, heads=2, layer=1))
+    assert said["pattern"] == pattern.to_dict()
+    assert said["density"] == pattern.density(32, heads=2, layer=1)
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "lines"),
+    [
+        (3, 8, ["│██    │", "│  ██  │", "│    ██│"]),
+        (4, 8, ["│▀▄  │", "│  ▀▄│"]),
+        (5, 8, ["│▀▄   │", "│  ▀▄ │", "│    ▀│"]),
+        (12, 8, ["│░░    │", "│  ░░  │", "│    ░░│"]),
+    ],
+)
+def test_a_drawing_fits_its_width(length: int, width: int, lines: list[str]) -> None:
+    drawn = list(cli.drawing(torch.eye(length, dtype=torch.bool), width=width))
+    assert [len(line) <= width for line in drawn] == [True] * len(drawn)
+    assert drawn == lines
+
+
+def test_a_union_is_written_with_a_bar_and_its_fields_with_the_key(hf_sparse_command: Command) -> None:
+    settings = ("--set", "band.radius=2", "--set", "global.positions=[0, 3]")
+    code, out, _ = hf_sparse_command("show", "band|global", *settings, "--json")
+    want = hf_sparse.pattern("band", radius=2) | hf_sparse.pattern("global", positions=(0, 3))
+    assert code == 0
+    assert json.loads(out)["pattern"] == want.to_dict()
+
+
+def test_convert_prints_its_report(hf_sparse_command: Command, source: str, tmp_path: Path) -> None:
+    made = str(tmp_path / "sparse")
+    args = ("convert", source, made, "--pattern", "longformer", "--set", "window=8", "--max-length", "300")
+    code, out, err = hf_sparse_command(*args, "--layer", "1=dense", "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["pattern"] == hf_sparse.pattern("longformer", window=8).to_dict()
+    assert (report["layers"], report["max_length"]) == ({"1": "dense"}, 300)
+    assert report["wide_open_difference"] is not None
+    assert json.loads((tmp_path / "sparse/config.json").read_text())["model_type"] == "sparse_bert"
+    code, out, _ = hf_sparse_command(*args, "--overwrite", "--no-verify")
+    assert code == 0
+    assert "parameters tiled" in out
+    assert "verify was off" in out
+
+
+BAD_USE: list[tuple[tuple[str, ...], str]] = [
+    (("bogus",), "No such command 'bogus'; try hf-sparse --help"),
+    (("show",), "hf-sparse show: Missing argument 'PATTERN'; try hf-sparse show --help"),
+    (("show", "band", "--lenght", "3"), "No such option: --lenght"),
+    (("show", "band", "--length", "x"), "Invalid value for '--length'"),
+    (("show", "band", "--length", "0"), "n and heads must be at least 1, got n=0"),
+    (("show", "band", "--length", "5000"), "--length must be at most 4096 tokens to be drawn, got 5000"),
+    (("show", "bend"), "unknown pattern 'bend'; known: band, bigbird"),
+    (("show", "band|bend"), "unknown pattern 'bend' in 'band|bend'; known: band, bigbird"),
+    (("show", "band|band"), "names 'band' twice; write such a union as JSON"),
+    (("show", "band", "--set", "width=3"), "pattern 'band' has no field 'width'; known: radius"),
+    (("show", "band", "--set", "radius"), "--set takes field=value, got 'radius'"),
+    (("show", "band", "--set", "radius=wide"), "radius must be a whole number, got 'wide'"),
+    (("show", "band|global", "--set", "radius=3"), "say which part it is for, as in band.radius=3"),
+    (("show", "band", "--set", "global.radius=3"), "'global' is no part of the pattern; its parts: band"),
+    (("show", "longformer", "--set", "window=7"), "window must be even"),
+    (("show", "longformer", "--set", "window=0"), "window must be at least 2, got 0"),
+    (("show", "longformer", "--set", "window=-4"), "window must be at least 2, got -4"),
+    (("show", '{"key": "band"'), "is not valid JSON"),
+    (("convert", "a"), "hf-sparse convert: Missing argument 'DST'; try hf-sparse convert --help"),
+    (("convert", "{source}", "{made}"), "Missing option '--pattern'"),
+    (("convert", "./nowhere", "{made}", "-p", "band"), "./nowhere is not a checkpoint"),
+    (("convert", "{source}", "{source}", "-p", "band"), "lies in the source"),
+    (("convert", "{source}", "{made}", "-p", "band", "--layer", "9=dense"), "unknown layer '9'; known: 0, 1"),
+    (("convert", "{source}", "{made}", "-p", "band", "--layer", "dense"), "--layer takes LAYER=PATTERN or LAYER=dense"),
+    (
+        ("convert", "{source}", "{made}", "-p", "band", "--max-length", "8"),
+        "max_length 8 is shorter than the 128 tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "says"), BAD_USE, ids=[" ".join(args) for args, _ in BAD_USE])
+def test_bad_use_is_told_in_one_line_and_exits_with_2(
+    hf_sparse_command: Command, source: str, tmp_path: Path, args: tuple[str, ...], says: str
+) -> None:
+    made = tmp_path / "sparse"
+    places = {"{source}": source, "{made}": str(made)}
+    code, out, err = hf_sparse_command(*(places.get(arg, arg) for arg in args))
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.startswith("hf-sparse")
+    assert err.count("\n") == 1
+    assert not made.exists()
+
+
+def test_a_failure_on_the_way_exits_with_1(
+    hf_sparse_command: Command, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "write_bytes", full)
+    code, out, err = hf_sparse_command("convert", source, str(tmp_path / "sparse"), "-p", "band")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "filled up" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_cleans_up_first(
+    hf_sparse_command: Command,
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    monkeypatch.setattr(shards, "write_bytes", lambda *_: signal.raise_signal(number))
+    assert hf_sparse_command("convert", source, str(tmp_path / "sparse"), "-p", "band")[0] == code
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("command", ["patterns", "show", "convert", "demo"])
+def test_every_command_has_help_with_an_example(hf_sparse_command: Command, command: str) -> None:
+    code, out, _ = hf_sparse_command(command, "--help")
+    assert code == 0
+    assert f"Example:\n    hf-sparse {command}" in out
+
+
+def test_the_example_of_show_runs(hf_sparse_command: Command) -> None:
+    settings = ("--set", "band.radius=2", "--set", "global.positions=[0]")
+    assert f'"band|global" {" ".join(settings)}' in hf_sparse_command("show", "--help")[1]
+    assert hf_sparse_command("show", "band|global", *settings)[0] == 0
+
+
+def test_without_a_command_it_says_what_there_is(hf_sparse_command: Command) -> None:
+    code, out, err = hf_sparse_command()
+    assert (code, err) == (0, "")
+    assert all(command.name in out for command in cli.app.registered_commands if command.name)
+    assert hf_sparse_command("--version")[:2] == (0, f"hf-sparse {hf_sparse.__version__}\n")
+
+
+def test_the_console_script_is_main() -> None:
+    (script,) = entry_points(group="console_scripts", name="hf-sparse")
+    assert script.load() is cli.main
+    assert isinstance(cli.app, typer.Typer)
+
+
+@pytest.mark.parametrize(("key", "code"), [("band", 0), ("bend", 2)])
+def test_the_module_of_conversion_does_what_the_command_does(
+    hf_sparse_command: Command,
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    code: int,
+) -> None:
+    args = [source, str(tmp_path / "sparse"), "--pattern", key, "--json"]
+    monkeypatch.setattr(sys, "argv", ["conversion", *args])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("hf_sparse.conversion", run_name="__main__")
+    said = capsys.readouterr()
+    assert caught.value.code == code
+    assert (tmp_path / "sparse/config.json").exists() is (code == 0)
+    if code:
+        assert said.err.startswith("python -m hf_sparse.conversion: unknown pattern 'bend'")
+    else:
+        assert json.loads(said.out)["model_type"] == "sparse_bert"

@@ -1,0 +1,239 @@
+"""Plans hold every edge of a pattern exactly once, and cost no more than the blocks that are read."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import hf_sparse
+from hf_sparse import plan as plan_module
+from hf_sparse.parts import Globals, Scope, with_global_positions
+from hf_sparse.patterns import Pattern
+from hf_sparse.plan import make_plan, make_positional_plan
+from hf_sparse.tiles import Gather as GatherWork
+from hf_sparse.tiles import Group, Plan, Run, Tile
+from tests.pattern_cases import CASES, HEADS, WITH_GLOBALS, Case, Setting, case_name
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Work = Tile | Run | GatherWork
+both_ways = pytest.mark.parametrize("is_causal", [False, True], ids=["both_sides", "causal"])
+
+
+def pieces(work: Work, group: Group, n: int) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor, Tensor]]:
+    """Yield heads, positions of queries ``[Tq]`` and keys ``[Sk]``, and bool ``[heads, Tq, Sk]`` of each block."""
+    position = torch.arange(n)
+    mask = None if work.mask is None else work.mask.boolean()
+    if isinstance(work, Tile):
+        q, k = position[work.q], position[work.k]
+        own = torch.ones(len(q), len(k), dtype=torch.bool) if mask is None else mask
+        yield group.heads, q, k, own.reshape(-1, len(q), len(k)).expand(len(group.heads), -1, -1)
+        return
+    heads = group.heads if isinstance(work, Run) else tuple(group.heads[i] for i in work.heads)
+    blocks = work.blocks if isinstance(work, Run) else len(work.index)
+    for i in range(blocks):
+        first = work.first + i * work.block
+        if isinstance(work, Run):
+            lane = position[work.offset :: work.step]
+            assert first - work.back >= 0
+            q, k = lane[first : first + work.block], lane[first - work.back :][: work.width]
+            own = mask
+        else:
+            q, k = position[first : first + work.block], work.index[i]
+            own = None if mask is None else mask[i]
+        assert len(q) == work.block
+        own = torch.ones(len(q), len(k), dtype=torch.bool) if own is None else own
+        yield heads, q, k, own.expand(len(heads), -1, -1)
+
+
+def count_pairs(plan: Plan, n: int) -> Tensor:
+    """Return how often a plan counts each pair, int ``[HEADS, n, n]``, and check who writes first."""
+    counts = torch.zeros(HEADS, n, n, dtype=torch.int64)
+    served: list[int] = []
+    for group in plan.groups:
+        served += group.heads
+        is_written = torch.zeros(HEADS, n, dtype=torch.bool)
+        rows = torch.zeros_like(counts)
+        inner = torch.zeros_like(counts)
+        for work in group.work:
+            for heads, q, k, mask in pieces(work, group, n):
+                at = torch.tensor(heads)[:, None], q[None, :]
+                is_row = isinstance(work, Tile) and work.is_row
+                assert not (work.is_first and not is_row and is_written[at].any()), "a first tile overwrites another"
+                is_written[at] = True
+                for h, own in zip(heads, mask, strict=True):
+                    target = (rows if is_row else inner)[h]
+                    target.index_put_((q[:, None], k[None, :]), own.long(), accumulate=True)
+        inner[:, group.rows] = 0
+        counts += inner + rows
+    assert sorted(served) == list(range(HEADS))
+    return counts
+
+
+def plan_of(case: Case, setting: Setting, *, invalid: tuple[int, ...] = (), rows: str = "with") -> Plan:
+    """Return the plan of a case."""
+    scope = Scope(setting.n, HEADS, setting.layer, setting.is_causal)
+    parts = with_global_positions(case.pattern.parts(scope), setting.positions)
+    return make_plan(parts, scope, invalid=invalid, rows=rows)
+
+
+def check(case: Case, setting: Setting, *, invalid: tuple[int, ...] = ()) -> None:
+    """Compare a plan with the drawing, at real queries."""
+    counts = count_pairs(plan_of(case, setting, invalid=invalid), setting.n)
+    wanted = case.mask(setting).clone()
+    wanted[:, :, list(invalid)] = False
+    is_real = torch.ones(setting.n, dtype=torch.bool)
+    is_real[list(invalid)] = False
+    assert counts[:, is_real].max() <= 1, "a pair is counted twice"
+    assert torch.equal(counts[:, is_real].bool(), wanted[:, is_real])
+
+
+@both_ways
+@pytest.mark.parametrize("n", [1, 7, 65, 200])
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_a_plan_holds_every_edge_once(case: Case, n: int, is_causal: bool) -> None:
+    check(case, Setting(n, 1, is_causal))
+
+
+@both_ways
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_a_plan_in_small_slices_holds_every_edge_once(
+    case: Case, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # long sequences are cut into slices of limited size; a small limit cuts short ones
+    monkeypatch.setattr(plan_module, "MAX_SCORES", 60)
+    check(case, Setting(65, 1, is_causal))
+
+
+@both_ways
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_a_plan_in_runs_and_slices_holds_every_edge_once(
+    case: Case, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = 331
+    # one block of 64 queries against a narrow window still fits
+    monkeypatch.setattr(plan_module, "MAX_SCORES", 6000)
+    scope = Scope(n, HEADS, 1, is_causal)
+    counts = count_pairs(make_plan(case.pattern.parts(scope), scope), n)
+    assert torch.equal(counts, case.pattern.mask(n, heads=HEADS, layer=1, is_causal=is_causal).long())
+
+
+def test_the_lengths_above_reach_every_kind_of_work() -> None:
+    kinds: dict[str, set[type]] = {}
+    for case in CASES:
+        works = [work for group in plan_of(case, Setting(200)).groups for work in group.work]
+        kinds[case.name] = {type(work) for work in works}
+    assert kinds["band"] == {Tile, Run}
+    assert kinds["random"] == {GatherWork}
+    assert kinds["union_of_all_atoms"] == {Tile, Run, GatherWork}
+
+
+@both_ways
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_nobody_reads_invalid_positions(case: Case, is_causal: bool) -> None:
+    check(case, Setting(200, 1, is_causal), invalid=(0, 3, 5, 77, 78, 79, 130, 199))
+
+
+@both_ways
+@pytest.mark.parametrize("positions", [(), (0, 1, 2, 3), (5, 66, 67, 199)])
+@pytest.mark.parametrize("case", WITH_GLOBALS, ids=case_name)
+def test_global_positions_of_a_sample_hold_every_edge_once(
+    case: Case, positions: tuple[int, ...], is_causal: bool
+) -> None:
+    check(case, Setting(200, 0, is_causal, positions), invalid=(3, 66, 100))
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["global", "longformer", "longformer_dilated_by_head", "union_of_all_atoms"])
+def test_rows_of_global_tokens_can_be_left_out_or_run_alone(name: str, is_causal: bool) -> None:
+    case = next(case for case in CASES if case.name == name)
+    setting = Setting(65, 0, is_causal, (2, 9, 40))
+    is_row = torch.zeros(65, 1, dtype=torch.bool)
+    is_row[[2, 9, 40]] = True
+    mask = case.mask(setting)
+    assert torch.equal(count_pairs(plan_of(case, setting, rows="only"), 65), (mask & is_row).long())
+    assert torch.equal(count_pairs(plan_of(case, setting, rows="without"), 65), (mask & ~is_row).long())
+
+
+@both_ways
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_a_plan_of_positions_holds_the_edges_between_them(case: Case, is_causal: bool) -> None:
+    # in no order, with gaps and a key that is padding
+    q, k = torch.tensor([64, 0, 17, 30, 9]), torch.tensor([3, 64, 0, 30, 31, 9, 8, 50])
+    is_real = torch.arange(8) != 4
+    scope = Scope(65, HEADS, 0, is_causal)
+    plan = make_positional_plan(case.pattern.parts(scope), scope, q, k, is_real)
+    (group,) = plan.groups
+    masks = [work.mask.boolean()[0] for work in group.work if isinstance(work, Tile) and work.mask is not None]
+    wanted = case.mask(Setting(65, 0, is_causal))[:, q][:, :, k] & is_real
+    assert torch.equal(torch.cat(masks, 1), wanted)
+
+
+def scores_of(pattern: Pattern, n: int, *, is_causal: bool = False) -> int:
+    """Return how many scores a plan computes over two heads, without making its masks."""
+    scope = Scope(n, 2, 0, is_causal)
+    total = 0
+    for group in make_plan(pattern.parts(scope), scope).groups:
+        for work in group.work:
+            if isinstance(work, Tile):
+                q, k = (len(range(n)[at]) if isinstance(at, slice) else len(at) for at in (work.q, work.k))
+                total += len(group.heads) * q * k
+            elif isinstance(work, Run):
+                total += len(group.heads) * work.blocks * work.block * work.width
+            else:
+                total += len(work.heads) * work.index.numel() * work.block
+    return total
+
+
+LONG = [
+    hf_sparse.pattern("longformer", window=512, global_tokens=(0,)),
+    hf_sparse.pattern("bigbird", block_size=64),
+    hf_sparse.pattern("bigbird", block_size=64, random_plan="full_length"),
+    hf_sparse.pattern("band", radius=256) | hf_sparse.pattern("random", block_size=64),
+    hf_sparse.pattern("dilated", radius=64, dilation=4),
+]
+
+
+@both_ways
+@pytest.mark.parametrize("pattern", LONG, ids=["longformer", "bigbird", "bigbird_full_length", "union", "dilated"])
+def test_cost_grows_with_the_length_and_not_its_square(pattern: Pattern, is_causal: bool) -> None:
+    short, long = (scores_of(pattern, n, is_causal=is_causal) for n in (8192, 65536))
+    # eight times the length, and what the borders of the short one saved
+    assert long <= 8.5 * short
+    # blocks of 64 queries read a window rounded up to whole blocks, and a causal block reads its own end in vain
+    edges = pattern.density(8192, heads=2, is_causal=is_causal) * 2 * 8192**2
+    assert edges <= short <= 2.5 * edges
+
+
+def test_a_plan_of_a_long_sequence_keeps_no_mask_of_all_pairs() -> None:
+    n = 65536
+    scope = Scope(n, 1)
+    for pattern in LONG:
+        held = 0
+        for group in make_plan(pattern.parts(scope), scope).groups:
+            for work in group.work:
+                tensors = [work.index] if isinstance(work, GatherWork) else []
+                if isinstance(work, Tile):
+                    tensors += [at for at in (work.q, work.k) if isinstance(at, Tensor)]
+                held += sum(tensor.numel() for tensor in tensors)
+                if isinstance(work, Run) and work.mask is not None:
+                    held += work.mask.boolean().numel()
+        # a few positions for each token
+        assert held <= 32 * n, pattern
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_density_is_the_share_of_edges(case: Case) -> None:
+    for n in (1, 7, 65):
+        for is_causal in (False, True):
+            wanted = float(case.mask(Setting(n, 1, is_causal)).double().mean())
+            assert case.pattern.density(n, heads=HEADS, layer=1, is_causal=is_causal) == wanted
+
+
+def test_global_positions_beyond_the_end_are_left_out() -> None:
+    scope = Scope(4, HEADS)
+    plan = make_plan((Globals(positions=(1, 4, 90)),), scope)
+    counts = count_pairs(plan, 4)
+    wanted = torch.zeros(4, 4, dtype=torch.int64)
+    wanted[1] = wanted[:, 1] = 1
+    assert torch.equal(counts, wanted.expand(HEADS, -1, -1))
