@@ -162,6 +162,11 @@ def sampled(cases: tuple[Case, ...] = CASES) -> list[Any]:
     return [pytest.param(case, marks=marks[case.name], id=case.name) for case in cases]
 
 
+def attention(pattern: Pattern, **settings: Any) -> Callable[..., Any]:
+    """Return the library's attention with all settled but the tensors."""
+    return functools.partial(hf_sparse.sparse_attention, pattern=pattern, **settings)
+
+
 def case_of(name: str) -> Case:
     """Return a case by its name."""
     return next(case for case in CASES if case.name == name)

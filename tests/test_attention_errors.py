@@ -23,7 +23,7 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> lis
 
 def call(*inputs: Tensor, pattern: Any = BAND, **settings: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Call with small tensors unless others are given."""
-    return sparse_attention(*(inputs or tensors((2, 2, 6, 4))), pattern, **settings)  # type: ignore[misc]
+    return sparse_attention(*(inputs or tensors((2, 2, 6, 4))), pattern, **settings)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import hf_sparse
-from hf_sparse import sparse_attention
 from hf_sparse.patterns import Pattern
-from tests.pattern_cases import BACKENDS
+from tests.pattern_cases import BACKENDS, attention
 from tests.support import rules
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
@@ -57,8 +56,10 @@ def oracle(mask: Tensor, is_global: Tensor, *inputs: Tensor) -> tuple[Tensor, Te
     """
     query, key, value, hidden, *weights = inputs
     own = attend_by_rows(query, key, value, mask)
-    pairs = zip(weights[::2], weights[1::2], strict=True)
-    rows = attend_by_rows(*(project(hidden, weight, bias) for weight, bias in pairs), mask)
+    global_query, global_key, global_value = (
+        project(hidden, weight, bias) for weight, bias in zip(weights[::2], weights[1::2], strict=True)
+    )
+    rows = attend_by_rows(global_query, global_key, global_value, mask)
     at = is_global[:, None]
     return torch.where(at[..., None], rows[0], own[0]), torch.where(at, rows[1], own[1])
 
@@ -68,7 +69,7 @@ def run(pattern: Pattern, settings: dict[str, Any], *inputs: Tensor) -> Tensor |
     query, key, value, hidden, *weights = inputs
     state = state_of()
     names = [name for name, _ in state.named_parameters()]
-    call = functools.partial(sparse_attention, query, key, value, pattern, hidden_states=hidden, return_lse=True)
+    call = functools.partial(attention(pattern, hidden_states=hidden, return_lse=True), query, key, value)
 
     class Held(nn.Module):
         def forward(self, given: Tensor) -> Any:
@@ -127,44 +128,44 @@ def test_a_window_over_everything_leaves_global_rows_their_projections(backend: 
 def test_copies_of_the_layers_own_projections_change_nothing(backend: str) -> None:
     state, hidden = state_of(), hidden_states()
     own = tuple(tensor.detach() for tensor in state(hidden))
-    attend = functools.partial(sparse_attention, *own, LONGFORMER, backend=backend)
+    attend = functools.partial(attention(LONGFORMER, backend=backend), *own)
     with_state = attend(state=state, hidden_states=hidden)
-    assert_same_maths(with_state, attend(), terms=N + HIDDEN)  # type: ignore[arg-type]
+    assert_same_maths(with_state, attend(), terms=N + HIDDEN)
 
 
 @both_backends
 def test_unused_projections_still_get_a_gradient_of_zero(backend: str) -> None:
     state = state_of()
     pattern = hf_sparse.pattern("longformer", window=4)
-    attend = functools.partial(sparse_attention, *tensors(), pattern, backend=backend)
+    attend = functools.partial(attention(pattern, backend=backend), *tensors())
     out = attend(state=state, hidden_states=hidden_states())
-    assert torch.equal(out, attend())  # type: ignore[arg-type]
-    gradients = torch.autograd.grad(out.sum(), list(state.parameters()))  # type: ignore[union-attr]
+    assert torch.equal(out, attend())
+    gradients = torch.autograd.grad(out.sum(), list(state.parameters()))
     assert not any(gradient.any() for gradient in gradients)
 
 
 @both_backends
 def test_global_blocks_of_another_member_stay_when_longformer_has_no_global_token(backend: str) -> None:
     pattern = hf_sparse.pattern("longformer", window=4) | hf_sparse.pattern("bigbird", block_size=4)
-    attend = functools.partial(sparse_attention, *tensors(), pattern, backend=backend)
+    attend = functools.partial(attention(pattern, backend=backend), *tensors())
     out = attend(state=state_of(), hidden_states=hidden_states())
-    assert_same_maths(out, attend(), terms=N + WIDTH)  # type: ignore[arg-type]
+    assert_same_maths(out, attend(), terms=N + WIDTH)
 
 
 @both_backends
 def test_heads_without_longformer_keep_the_layers_own_projections(backend: str) -> None:
     pattern = hf_sparse.by_head({(0, 1): LONGFORMER, (2, 3): hf_sparse.pattern("bigbird", block_size=4)})
-    attend = functools.partial(sparse_attention, *tensors(), pattern, backend=backend)
+    attend = functools.partial(attention(pattern, backend=backend), *tensors())
     with_state, plain = attend(state=state_of(), hidden_states=hidden_states()), attend()
-    assert_same_maths(with_state[:, 2:], plain[:, 2:], terms=N + WIDTH)  # type: ignore[arg-type, index]
-    assert not torch.equal(with_state[:, :2, [0, 9]], plain[:, :2, [0, 9]])  # type: ignore[arg-type, index, call-overload]
+    assert_same_maths(with_state[:, 2:], plain[:, 2:], terms=N + WIDTH)
+    assert not torch.equal(with_state[:, :2, [0, 9]], plain[:, :2, [0, 9]])
 
 
 @both_backends
 def test_rows_that_another_member_makes_global_keep_the_layers_own_projections(backend: str) -> None:
     pattern = hf_sparse.pattern("longformer", window=4, global_tokens=(9,)) | hf_sparse.pattern("bigbird", block_size=4)
-    attend = functools.partial(sparse_attention, *tensors(), pattern, backend=backend)
+    attend = functools.partial(attention(pattern, backend=backend), *tensors())
     with_state, plain = attend(state=state_of(), hidden_states=hidden_states()), attend()
     others = torch.arange(N) != 9
-    assert_same_maths(with_state[:, :, others], plain[:, :, others], terms=N + WIDTH)  # type: ignore[arg-type, index, call-overload]
-    assert not torch.equal(with_state[:, :, 9], plain[:, :, 9])  # type: ignore[arg-type, index]
+    assert_same_maths(with_state[:, :, others], plain[:, :, others], terms=N + WIDTH)
+    assert not torch.equal(with_state[:, :, 9], plain[:, :, 9])

@@ -26,11 +26,12 @@ def pieces(work: Work, group: Group, n: int) -> Iterator[tuple[tuple[int, ...], 
     mask = None if work.mask is None else work.mask.boolean()
     if isinstance(work, Tile):
         q, k = position[work.q], position[work.k]
-        own = torch.ones(len(q), len(k), dtype=torch.bool) if mask is None else mask
-        yield group.heads, q, k, own.reshape(-1, len(q), len(k)).expand(len(group.heads), -1, -1)
+        full = torch.ones(len(q), len(k), dtype=torch.bool) if mask is None else mask
+        yield group.heads, q, k, full.reshape(-1, len(q), len(k)).expand(len(group.heads), -1, -1)
         return
     heads = group.heads if isinstance(work, Run) else tuple(group.heads[i] for i in work.heads)
     blocks = work.blocks if isinstance(work, Run) else len(work.index)
+    own: Tensor | None
     for i in range(blocks):
         first = work.first + i * work.block
         if isinstance(work, Run):

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_sparse import sparse_attention
 from hf_sparse.backends.dense import draw_edges
 from hf_sparse.backends.gather import gather_attention
-from tests.pattern_cases import BACKENDS, CASES, Case, case_of, sampled
+from tests.pattern_cases import BACKENDS, CASES, Case, attention, case_of, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
 from tests.support.softmax import random_tensors
@@ -43,7 +43,7 @@ class Counting:
 @pytest.mark.parametrize("name", ["longformer", "by_head"])
 def test_five_lengths_take_two_graphs(name: str, backend: str) -> None:
     case = case_of(name)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=True, backend=backend)
+    attend = attention(case.pattern, is_causal=True, backend=backend)
     counting = Counting()
     compiled = torch.compile(attend, fullgraph=True, backend=counting)
     for n in (17, 40, 65, 33, 90):
@@ -61,7 +61,7 @@ def test_five_lengths_take_two_graphs(name: str, backend: str) -> None:
 @both_backends
 def test_other_padding_and_global_tokens_take_no_other_graph(backend: str) -> None:
     case = case_of("longformer")
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend=backend)
+    attend = attention(case.pattern, backend=backend)
     counting = Counting()
     compiled = torch.compile(attend, fullgraph=True, backend=counting)
     tensors = random_tensors(batch=2, tokens=30, width=WIDTH)
@@ -78,7 +78,7 @@ def test_other_padding_and_global_tokens_take_no_other_graph(backend: str) -> No
 @both_backends
 @pytest.mark.parametrize("case", sampled())
 def test_a_compiled_call_equals_an_eager_one_with_gradients(case: Case, backend: str) -> None:
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=True, backend=backend, return_lse=True)
+    attend = attention(case.pattern, is_causal=True, backend=backend, return_lse=True)
     tensors = random_tensors(batch=2, tokens=30, key_heads=2, width=WIDTH)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(with_gradients(compiled, tensors), with_gradients(attend, tensors), strict=True):
@@ -87,7 +87,7 @@ def test_a_compiled_call_equals_an_eager_one_with_gradients(case: Case, backend:
 
 @both_backends
 def test_one_compiled_function_serves_each_pattern_it_is_given(backend: str) -> None:
-    attend = functools.partial(sparse_attention, backend=backend)
+    attend: Callable[..., Any] = functools.partial(sparse_attention, backend=backend)
     tensors = random_tensors(tokens=30, width=WIDTH)
     compiled = torch.compile(attend, fullgraph=True, backend=Counting())
     for case in (*CASES[:3], CASES[0]):
@@ -97,7 +97,7 @@ def test_one_compiled_function_serves_each_pattern_it_is_given(backend: str) -> 
 @both_backends
 def test_one_compiled_function_serves_each_layer(backend: str) -> None:
     case = case_of("longformer_window_by_layer")
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend=backend)
+    attend = attention(case.pattern, backend=backend)
     tensors = random_tensors(tokens=30, width=WIDTH)
     compiled = torch.compile(attend, fullgraph=True, backend=Counting())
     for layer in (0, 1, 0):
@@ -105,7 +105,7 @@ def test_one_compiled_function_serves_each_layer(backend: str) -> None:
 
 
 def test_a_compiled_call_draws_dropout_anew() -> None:
-    attend = functools.partial(sparse_attention, pattern=CASES[0].pattern, backend="gather", dropout=0.5)
+    attend = attention(CASES[0].pattern, backend="gather", dropout=0.5)
     tensors = random_tensors(tokens=30, width=WIDTH)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     torch.manual_seed(3)

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hf_sparse
-from hf_sparse import sparse_attention
-from tests.pattern_cases import BACKENDS, CASES, HEADS, Case, Setting, case_name, case_of, sampled
+from tests.pattern_cases import BACKENDS, CASES, HEADS, Case, Setting, attention, case_name, case_of, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
 from tests.support.softmax import attend_by_rows, random_tensors
@@ -48,10 +47,9 @@ def identity() -> Tensor:
 def read_off(case: Case, p: float, backend: str, *, is_causal: bool = False, seed: int = SEED) -> Tensor:
     """Return what a seed draws: bool ``[B, H, N, N]``, True where a probability was kept."""
     query, key, _ = tensors()
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     torch.manual_seed(seed)
     dropped = attend(query, key, identity(), dropout=p)
-    assert isinstance(dropped, Tensor)
     is_kept = dropped > 0
     assert_same_maths(dropped, probabilities(case, is_causal) * is_kept / (1 - p), terms=N + WIDTH)
     return is_kept
@@ -67,9 +65,7 @@ def test_dropout_equals_the_oracle_with_the_draw_replayed(case: Case, is_causal:
     multiplier = read_off(case, p, backend, is_causal=is_causal).double() / (1 - p)
     mask = mask_of(case, is_causal=is_causal)
     wanted = with_gradients(lambda q, k, v: attend_by_rows(q, k, v, mask, multiplier=multiplier), tensors())
-    attend = functools.partial(
-        sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend, dropout=p, return_lse=True
-    )
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend, dropout=p, return_lse=True)
     torch.manual_seed(SEED)
     results = with_gradients(attend, tensors())
     for actual, oracle in zip(results, wanted, strict=True):
@@ -80,7 +76,7 @@ def test_dropout_equals_the_oracle_with_the_draw_replayed(case: Case, is_causal:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @some_cases
 def test_checkpointing_repeats_the_draw(case: Case, use_reentrant: bool, backend: str) -> None:
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend=backend, dropout=0.4)
+    attend = attention(case.pattern, backend=backend, dropout=0.4)
     torch.manual_seed(SEED)
     plain = with_gradients(attend, tensors())
     again = functools.partial(checkpoint, attend, use_reentrant=use_reentrant)
@@ -139,8 +135,7 @@ def test_the_mean_over_draws_is_the_output_without_dropout(name: str, backend: s
     torch.manual_seed(SEED)
     total = torch.zeros_like(wanted)
     for _ in range(draws):
-        out = sparse_attention(query, key, value, case.pattern, dropout=p, backend=backend)
-        assert isinstance(out, Tensor)
+        out = attention(case.pattern, dropout=p, backend=backend)(query, key, value)
         total += out
     # squares of a normal number have mean 1 and variance 2; outputs of one query share their draw, so queries count
     off = ((total / draws - wanted) ** 2 / (spread / draws)).mean()
@@ -150,7 +145,7 @@ def test_the_mean_over_draws_is_the_output_without_dropout(name: str, backend: s
 @both_backends
 @pytest.mark.parametrize("p", [1e-9, 0.999])
 def test_the_smallest_and_largest_chance_work(p: float, backend: str) -> None:
-    attend = functools.partial(sparse_attention, pattern=hf_sparse.pattern("band", radius=3), backend=backend)
+    attend = attention(hf_sparse.pattern("band", radius=3), backend=backend)
     results = with_gradients(functools.partial(attend, dropout=p), tensors())
     assert all(result.isfinite().all() for result in results)
     if p < 0.5:
@@ -161,7 +156,7 @@ def test_the_smallest_and_largest_chance_work(p: float, backend: str) -> None:
 @some_cases
 def test_dropout_of_zero_draws_nothing(case: Case, backend: str) -> None:
     before = torch.get_rng_state()
-    sparse_attention(*tensors(), case.pattern, backend=backend)
+    attention(case.pattern, backend=backend)(*tensors())
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -170,9 +165,7 @@ def test_dropout_of_zero_draws_nothing(case: Case, backend: str) -> None:
 def test_padding_stays_inert_under_dropout(case: Case, backend: str) -> None:
     is_real = torch.ones(2, N, dtype=torch.bool)
     is_real[0, :20] = is_real[1, 50:] = False
-    attend = functools.partial(
-        sparse_attention, pattern=case.pattern, backend=backend, key_padding_mask=is_real, dropout=0.2
-    )
+    attend = attention(case.pattern, backend=backend, key_padding_mask=is_real, dropout=0.2)
     weights = is_real[:, None, :, None].double().expand(2, HEADS, N, WIDTH)
     for result in with_gradients(attend, tensors(), weights=weights)[1:]:
         assert result.isfinite().all()

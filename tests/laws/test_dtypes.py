@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_sparse import sparse_attention
-from tests.pattern_cases import BACKENDS, NEVER_EMPTY, Case, Setting, case_name, sampled
+from tests.pattern_cases import BACKENDS, NEVER_EMPTY, Case, Setting, attention, case_name, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_within_rounding
 from tests.support.softmax import attend_by_rows, random_tensors
@@ -46,7 +45,7 @@ def dense(case: Case, dtype: torch.dtype, is_causal: bool) -> list[Tensor]:
 )
 @pytest.mark.parametrize("case", NEVER_EMPTY, ids=case_name)
 def test_rounding_is_no_worse_than_dense_torch(case: Case, is_causal: bool, backend: str, dtype: torch.dtype) -> None:
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     results = with_gradients(attend, rounded(dtype))
     theirs = dense(case, dtype, is_causal)
     for actual, wanted, other in zip(results, oracle(case, dtype, is_causal), theirs, strict=True):
@@ -58,7 +57,7 @@ def test_rounding_is_no_worse_than_dense_torch(case: Case, is_causal: bool, back
 @pytest.mark.parametrize("case", sampled())
 def test_outputs_keep_the_dtype_and_the_logsumexp_is_precise(case: Case, backend: str, dtype: torch.dtype) -> None:
     query, key, value = rounded(dtype)
-    out, lse = sparse_attention(query, key, value, case.pattern, backend=backend, return_lse=True)
+    out, lse = attention(case.pattern, backend=backend, return_lse=True)(query, key, value)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     mask = case.mask(Setting(N))[None]
@@ -74,7 +73,7 @@ def test_outputs_keep_the_dtype_and_the_logsumexp_is_precise(case: Case, backend
 @pytest.mark.parametrize("case", sampled(NEVER_EMPTY))
 def test_scores_beyond_the_range_of_half_precision_stay_finite(case: Case, backend: str) -> None:
     query, key, value = rounded(torch.float16)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend=backend)
+    attend = attention(case.pattern, backend=backend)
     # scores of a hundred thousand: float16 ends at 65504
     for result in with_gradients(attend, [query * 200, key * 200, value]):
         assert result.isfinite().all()

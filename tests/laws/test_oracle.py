@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse import sparse_attention
-from tests.pattern_cases import BACKENDS, CASES, NEVER_EMPTY, Case, Setting, case_name, sampled
+from tests.pattern_cases import BACKENDS, CASES, NEVER_EMPTY, Case, Setting, attention, case_name, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
 from tests.support.softmax import attend_by_rows, random_tensors
@@ -31,9 +30,7 @@ def oracle(case: Case, n: int, is_causal: bool, has_lse: bool) -> list[Tensor]:
 
 def check(case: Case, n: int, is_causal: bool, backend: str, *, has_lse: bool) -> None:
     """Compare a backend with the oracle in everything that comes back."""
-    attend = functools.partial(
-        sparse_attention, pattern=case.pattern, is_causal=is_causal, layer=1, backend=backend, return_lse=has_lse
-    )
+    attend = attention(case.pattern, is_causal=is_causal, layer=1, backend=backend, return_lse=has_lse)
     results = with_gradients(attend, random_tensors(tokens=n, key_heads=2, width=WIDTH))
     for actual, wanted in zip(results, oracle(case, n, is_causal, has_lse), strict=True):
         assert_same_maths(actual, wanted, terms=n + WIDTH)
@@ -65,6 +62,6 @@ def test_every_length_equals_the_loop_oracle(case: Case, n: int, is_causal: bool
 
 @pytest.mark.parametrize("case", NEVER_EMPTY, ids=case_name)
 def test_numerical_gradients_agree(case: Case) -> None:
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend="gather", return_lse=True)
+    attend = attention(case.pattern, backend="gather", return_lse=True)
     leaves = [tensor.requires_grad_() for tensor in random_tensors(tokens=9, width=2, key_heads=2)]
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)

@@ -6,8 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse import sparse_attention
-from tests.pattern_cases import BACKENDS, CASES, HEADS, WITH_GLOBALS, Case, Setting, case_name, case_of, sampled
+from tests.pattern_cases import (
+    BACKENDS,
+    CASES,
+    HEADS,
+    WITH_GLOBALS,
+    Case,
+    Setting,
+    attention,
+    case_name,
+    case_of,
+    sampled,
+)
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
 from tests.support.rules import draw_batch
@@ -63,9 +73,8 @@ def weights() -> Tensor:
 
 def check_batch(case: Case, is_causal: bool, backend: str, globals_: Tensor | None) -> None:
     """Compare a padded batch with the oracle at real tokens, in outputs and all gradients."""
-    attend = functools.partial(
-        sparse_attention,
-        pattern=case.pattern,
+    attend = attention(
+        case.pattern,
         is_causal=is_causal,
         backend=backend,
         key_padding_mask=MASK,
@@ -104,7 +113,7 @@ def test_padding_at_the_ends_changes_nothing(case: Case, left: int, right: int, 
     padded = [torch.nn.functional.pad(tensor, (0, 0, left, right), value=300.0) for tensor in tensors]
     is_real = torch.zeros(1, left + n + right, dtype=torch.bool)
     is_real[:, left : left + n] = True
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     drawn = torch.randn(1, HEADS, n, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     alone = with_gradients(attend, tensors, weights=drawn)
     around = torch.nn.functional.pad(drawn, (0, 0, left, right), value=1.0)
@@ -117,9 +126,7 @@ def test_padding_at_the_ends_changes_nothing(case: Case, left: int, right: int, 
 def check_padding_is_inert(case: Case, backend: str, is_real: Tensor, *, is_causal: bool) -> None:
     """Padding tokens have output 0 and logsumexp -inf, and what reaches their output goes nowhere."""
     tensors = random_tensors(batch=len(is_real), tokens=is_real.shape[1], width=WIDTH)
-    attend = functools.partial(
-        sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend, key_padding_mask=is_real
-    )
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend, key_padding_mask=is_real)
     out, lse, *gradients = with_gradients(functools.partial(attend, return_lse=True), tensors)
     assert not out.transpose(1, 2)[~is_real].any()
     assert lse.transpose(1, 2)[~is_real].eq(float("-inf")).all()
@@ -155,9 +162,7 @@ def test_a_row_of_padding_gives_zeros_and_never_nan(case: Case, dtype: torch.dty
     tensors = [tensor.to(dtype) for tensor in random_tensors(batch=2, tokens=20, width=WIDTH)]
     is_real = torch.ones(2, 20, dtype=torch.bool)
     is_real[1] = False
-    attend = functools.partial(
-        sparse_attention, pattern=case.pattern, backend=backend, key_padding_mask=is_real, return_lse=True
-    )
+    attend = attention(case.pattern, backend=backend, key_padding_mask=is_real, return_lse=True)
     for result in with_gradients(attend, tensors):
         assert not result.isnan().any()
         assert not result[1].any() or result[1].eq(float("-inf")).all()
@@ -167,7 +172,7 @@ def test_a_row_of_padding_gives_zeros_and_never_nan(case: Case, dtype: torch.dty
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_rows_of_a_batch_do_not_touch(case: Case, backend: str) -> None:
     tensors = random_tensors(batch=3, tokens=20, width=WIDTH)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend=backend)
+    attend = attention(case.pattern, backend=backend)
     weights = torch.zeros(3, HEADS, 20, WIDTH, dtype=torch.float64)
     weights[1] = 1.0
     before = with_gradients(attend, tensors, weights=weights)
@@ -191,7 +196,7 @@ def test_packed_equals_separate(case: Case, is_causal: bool, backend: str) -> No
         ids[row, start:stop] = name
     tensors = random_tensors(batch=2, tokens=30, width=WIDTH)
     weights = torch.randn(2, HEADS, 30, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     packed = with_gradients(functools.partial(attend, document_ids=ids), tensors, weights=weights)
     for row, start, stop in documents:
         at = slice(row, row + 1), slice(None), slice(start, stop)
@@ -209,8 +214,7 @@ def test_a_global_mask_counts_from_the_start_of_each_document(case: Case, backen
     is_global = torch.zeros(1, 23, dtype=torch.bool)
     is_global[0, [0, 5, 13, 20, 22]] = True
     tensors = random_tensors(tokens=23, width=WIDTH)
-    packed = sparse_attention(*tensors, case.pattern, document_ids=ids, global_mask=is_global, backend=backend)
-    assert isinstance(packed, Tensor)
+    packed = attention(case.pattern, document_ids=ids, global_mask=is_global, backend=backend)(*tensors)
     for start, stop, positions in ((0, 12, (0, 5)), (12, 21, (1, 8))):
         q, k, v = (tensor[:, :, start:stop] for tensor in tensors)
         mask = case.mask(Setting(stop - start, positions=positions))[None]
@@ -222,7 +226,6 @@ def test_a_global_mask_counts_from_the_start_of_each_document(case: Case, backen
 def test_a_global_mask_without_tokens_leaves_no_global_token(case: Case, backend: str) -> None:
     tensors = random_tensors(tokens=20, width=WIDTH)
     none = torch.zeros(1, 20, dtype=torch.bool)
-    out = sparse_attention(*tensors, case.pattern, global_mask=none, backend=backend)
+    out = attention(case.pattern, global_mask=none, backend=backend)(*tensors)
     mask = case.mask(Setting(20, positions=()))[None]
-    assert isinstance(out, Tensor)
     assert_same_maths(out, attend_by_rows(*tensors, mask)[0], terms=20 + WIDTH)

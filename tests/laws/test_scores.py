@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import sparse_attention
-from tests.pattern_cases import CASES, HEADS, Case, Setting, sampled
+from tests.pattern_cases import CASES, HEADS, Case, Setting, attention, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths, assert_within_rounding
 from tests.support.softmax import attend_by_rows, random_tensors
@@ -41,7 +40,7 @@ def test_scores_are_as_the_formula_says(case: Case, name: str) -> None:
     tensors = random_tensors(tokens=N, key_heads=2, width=WIDTH)
     mask = case.mask(Setting(N))[None]
     wanted = with_gradients(functools.partial(attend_by_rows, mask=mask, **SETTINGS[name]), tensors)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend="dense", return_lse=True)
+    attend = attention(case.pattern, backend="dense", return_lse=True)
     results = with_gradients(functools.partial(attend, **SETTINGS[name]), tensors)
     for actual, oracle in zip(results, wanted, strict=True):
         assert_same_maths(actual, oracle, terms=N + WIDTH)
@@ -51,9 +50,9 @@ def test_scores_are_as_the_formula_says(case: Case, name: str) -> None:
 def test_auto_serves_them_with_dense(name: str) -> None:
     tensors = random_tensors(tokens=N, width=WIDTH)
     auto, dense = (
-        sparse_attention(*tensors, CASES[0].pattern, backend=backend, **SETTINGS[name]) for backend in ("auto", "dense")
+        attention(CASES[0].pattern, backend=backend, **SETTINGS[name])(*tensors) for backend in ("auto", "dense")
     )
-    assert torch.equal(auto, dense)  # type: ignore[arg-type]
+    assert torch.equal(auto, dense)
 
 
 @pytest.mark.parametrize("name", ["bias", "sinks"])
@@ -62,8 +61,8 @@ def test_gradients_reach_bias_and_sinks(name: str) -> None:
     mask = CASES[0].mask(Setting(N))[None]
     given = SETTINGS[name][name]
     wanted = with_gradients(lambda given: attend_by_rows(query, key, value, mask, **{name: given}), [given])
-    attend = functools.partial(sparse_attention, query, key, value, CASES[0].pattern, return_lse=True)
-    results = with_gradients(lambda given: attend(**{name: given}), [given])  # type: ignore[arg-type]
+    attend = functools.partial(attention(CASES[0].pattern, return_lse=True), query, key, value)
+    results = with_gradients(lambda given: attend(**{name: given}), [given])
     for actual, oracle in zip(results, wanted, strict=True):
         assert_same_maths(actual, oracle, terms=N + WIDTH)
     assert results[-1].any()
@@ -74,8 +73,7 @@ def test_a_bias_is_broadcast(shape: tuple[int, ...]) -> None:
     tensors = random_tensors(batch=2, tokens=N, width=WIDTH)
     mask = CASES[0].mask(Setting(N))[None].expand(2, -1, -1, -1)
     full = bias(*shape).expand(2, HEADS, N, N)
-    out = sparse_attention(*tensors, CASES[0].pattern, bias=bias(*shape))
-    assert isinstance(out, Tensor)
+    out = attention(CASES[0].pattern, bias=bias(*shape))(*tensors)
     assert_same_maths(out, attend_by_rows(*tensors, mask, bias=full)[0], terms=N + WIDTH)
 
 
@@ -84,7 +82,7 @@ def test_a_bias_of_minus_infinity_hides_a_key() -> None:
     pattern = hf_sparse.pattern("band", radius=0)
     hidden = torch.zeros(1, 1, 1, N, dtype=torch.float64)
     hidden[..., 5] = float("-inf")
-    results = with_gradients(functools.partial(sparse_attention, pattern=pattern, bias=hidden), tensors)
+    results = with_gradients(attention(pattern, bias=hidden), tensors)
     assert not results[0][:, :, 5].any()
     assert not any(result.isnan().any() for result in results)
 
@@ -96,8 +94,7 @@ def test_a_bias_in_half_precision_is_added_in_full(dtype: torch.dtype) -> None:
     oracle, _ = attend_by_rows(query, key, value, mask, bias=given.double())
     scores = (query.float() @ key.float().mT * WIDTH**-0.5 + given.float()).masked_fill(~mask, float("-inf"))
     dense = (scores.softmax(-1) @ value.float()).to(dtype)
-    out = sparse_attention(query, key, value, CASES[0].pattern, bias=given)
-    assert isinstance(out, Tensor)
+    out = attention(CASES[0].pattern, bias=given)(query, key, value)
     assert_within_rounding(out, oracle, dense)
 
 
@@ -105,10 +102,10 @@ def test_a_bias_in_half_precision_is_added_in_full(dtype: torch.dtype) -> None:
 def test_gather_refuses_what_it_does_not_serve_by_name(name: str) -> None:
     tensors = random_tensors(tokens=N, width=WIDTH)
     with pytest.raises(ValueError, match=f"backend 'gather' does not serve {name}; pass backend='dense'"):
-        sparse_attention(*tensors, CASES[0].pattern, backend="gather", **SETTINGS[name])
+        attention(CASES[0].pattern, backend="gather", **SETTINGS[name])(*tensors)
 
 
 def test_gather_names_all_that_it_does_not_serve() -> None:
     tensors = random_tensors(tokens=N, width=WIDTH)
     with pytest.raises(ValueError, match="backend 'gather' does not serve bias, softcap, sinks"):
-        sparse_attention(*tensors, CASES[0].pattern, backend="gather", **SETTINGS["all"])
+        attention(CASES[0].pattern, backend="gather", **SETTINGS["all"])(*tensors)

@@ -9,7 +9,7 @@ import torch
 
 import hf_sparse
 from tests.core_process import run_in_core
-from tests.pattern_cases import CASES, HEADS, Case, case_name
+from tests.pattern_cases import CASES, HEADS, Case, attention, case_name
 
 PROGRAM = """
 import hashlib, json
@@ -50,7 +50,7 @@ def test_drawing_neither_reads_nor_moves_the_global_generators(case: Case) -> No
     first = case.pattern.mask(150, heads=HEADS)
     torch.manual_seed(2)
     numpy.random.seed(2)
-    before = torch.get_rng_state(), numpy.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    before = torch.get_rng_state(), numpy.random.get_state()[1].copy()  # type: ignore[index]
     assert torch.equal(first, case.pattern.mask(150, heads=HEADS))
     assert torch.equal(before[0], torch.get_rng_state())
     assert numpy.array_equal(before[1], numpy.random.get_state()[1])  # type: ignore[index]
@@ -76,6 +76,6 @@ def test_a_layer_reads_its_own_draw(name: str) -> None:
     flat = torch.zeros(1, 2, 150, 4)
     for layer in (0, 1, 0):
         for backend in ("dense", "gather"):
-            out = hf_sparse.sparse_attention(flat, flat, value, pattern, layer=layer, backend=backend)
+            out = attention(pattern, layer=layer, backend=backend)(flat, flat, value)
             assert isinstance(out, torch.Tensor)
             assert torch.equal(out[0] > 0, pattern.mask(150, heads=2, layer=layer))

@@ -7,8 +7,18 @@ import torch
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import sparse_attention
-from tests.pattern_cases import BACKENDS, CASES, HEADS, WITH_GLOBALS, Case, Setting, case_name, case_of, sampled
+from tests.pattern_cases import (
+    BACKENDS,
+    CASES,
+    HEADS,
+    WITH_GLOBALS,
+    Case,
+    Setting,
+    attention,
+    case_name,
+    case_of,
+    sampled,
+)
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
 from tests.support.softmax import attend_by_rows, random_tensors
@@ -24,7 +34,7 @@ def check(case: Case, tensors: tuple[Tensor, ...], backend: str, *, scale: float
     """Compare a call with the oracle, in outputs and gradients."""
     mask = case.mask(Setting(N))[None].expand(len(tensors[0]), -1, -1, -1)
     wanted = with_gradients(lambda q, k, v: attend_by_rows(q, k, v, mask, scale=scale)[0], tensors)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend=backend, scale=scale)
+    attend = attention(case.pattern, backend=backend, scale=scale)
     for actual, oracle in zip(with_gradients(attend, tensors), wanted, strict=True):
         assert_same_maths(actual, oracle, terms=N + tensors[2].shape[3])
 
@@ -76,7 +86,7 @@ def test_strides_do_not_matter(case: Case, order: tuple[int, ...], backend: str)
 @some_cases
 def test_gradients_of_any_stride_are_taken(case: Case, backend: str) -> None:
     tensors = random_tensors(tokens=N, width=WIDTH)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, backend=backend)
+    attend = attention(case.pattern, backend=backend)
     plain = with_gradients(attend, tensors, weights=torch.ones_like(tensors[0]))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     # the gradient of a sum is one number seen everywhere, with strides of 0
@@ -99,8 +109,8 @@ def test_expanded_inputs_work(case: Case, backend: str) -> None:
 def test_inputs_are_left_as_they_were(backend: str) -> None:
     tensors = random_tensors(tokens=N, width=WIDTH)
     before = [tensor.clone() for tensor in tensors]
-    with_gradients(functools.partial(sparse_attention, pattern=CASES[0].pattern, backend=backend), tensors)
-    sparse_attention(*tensors, CASES[0].pattern, backend=backend)
+    with_gradients(attention(CASES[0].pattern, backend=backend), tensors)
+    attention(CASES[0].pattern, backend=backend)(*tensors)
     assert all(torch.equal(one, two) for one, two in zip(tensors, before, strict=True))
 
 
@@ -113,7 +123,7 @@ def test_fewer_queries_are_the_last_ones(case: Case, is_causal: bool, backend: s
     mask = case.mask(Setting(N, 0, is_causal))[None, :, -tokens:]
     tensors = (query[:, :, -tokens:], key, value)
     wanted = with_gradients(lambda q, k, v: attend_by_rows(q, k, v, mask)[0], tensors)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     for actual, oracle in zip(with_gradients(attend, tensors), wanted, strict=True):
         assert_same_maths(actual, oracle, terms=N + WIDTH)
 
@@ -127,7 +137,7 @@ def test_queries_and_keys_stand_where_their_positions_say(case: Case, is_causal:
     tensors = (query[:, :, q_at[0]], key[:, :, k_at[0]], value[:, :, k_at[0]])
     mask = case.mask(Setting(N, 0, is_causal))[None, :, q_at[0][:, None], k_at[0]]
     wanted = with_gradients(lambda q, k, v: attend_by_rows(q, k, v, mask)[0], tensors)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     attend = functools.partial(attend, query_positions=q_at, key_positions=k_at)
     for actual, oracle in zip(with_gradients(attend, tensors), wanted, strict=True):
         assert_same_maths(actual, oracle, terms=N + WIDTH)
@@ -143,10 +153,9 @@ def test_fewer_queries_see_padding_as_all_queries_do(
     is_real = torch.ones(1, N, dtype=torch.bool)
     is_real[:, :left] = is_real[:, N - right :] = False
     tensors = random_tensors(tokens=N, width=WIDTH)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     whole = attend(*tensors, key_padding_mask=is_real)
     last = attend(tensors[0][:, :, 10:], *tensors[1:], key_padding_mask=is_real)
-    assert isinstance(last, Tensor)
     at = is_real[0, 10:]
     assert_same_maths(last[:, :, at], whole[:, :, 10:][:, :, at], terms=N + WIDTH)
 
@@ -158,8 +167,7 @@ def test_fewer_queries_see_a_global_mask(case: Case, backend: str) -> None:
     is_global[0, [2, 11, 31]] = True
     query, key, value = random_tensors(tokens=N, width=WIDTH)
     mask = case.mask(Setting(N, positions=(2, 11, 31)))[None, :, -8:]
-    out = sparse_attention(query[:, :, -8:], key, value, case.pattern, global_mask=is_global, backend=backend)
-    assert isinstance(out, Tensor)
+    out = attention(case.pattern, global_mask=is_global, backend=backend)(query[:, :, -8:], key, value)
     assert_same_maths(out, attend_by_rows(query[:, :, -8:], key, value, mask)[0], terms=N + WIDTH)
 
 
@@ -169,11 +177,10 @@ def test_fewer_queries_see_a_global_mask(case: Case, backend: str) -> None:
 def test_a_share_of_the_heads_equals_those_heads_of_the_whole(case: Case, is_causal: bool, backend: str) -> None:
     n = 150
     tensors = random_tensors(tokens=n, width=WIDTH)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, backend=backend)
+    attend = attention(case.pattern, is_causal=is_causal, backend=backend)
     whole = attend(*tensors)
     for heads in (slice(0, 1), slice(0, 2), slice(1, 3), slice(2, 4), slice(3, 4)):
         held = attend(*(tensor[:, heads] for tensor in tensors), head_offset=heads.start)
-        assert isinstance(held, Tensor)
         assert_same_maths(held, whole[:, heads], terms=n + WIDTH)
 
 
@@ -181,7 +188,7 @@ def test_a_share_of_the_heads_equals_those_heads_of_the_whole(case: Case, is_cau
 @some_cases
 def test_backends_agree_at_a_length_of_many_blocks(case: Case, is_causal: bool) -> None:
     tensors = random_tensors(tokens=600, heads=HEADS, key_heads=2, width=8)
-    attend = functools.partial(sparse_attention, pattern=case.pattern, is_causal=is_causal, layer=1, return_lse=True)
+    attend = attention(case.pattern, is_causal=is_causal, layer=1, return_lse=True)
     dense = with_gradients(functools.partial(attend, backend="dense"), tensors)
     gather = with_gradients(functools.partial(attend, backend="gather"), tensors)
     for actual, wanted in zip(gather, dense, strict=True):
@@ -195,6 +202,6 @@ def test_auto_serves_plain_calls_with_gather() -> None:
     results = {}
     for backend in ("auto", "gather", "dense"):
         torch.manual_seed(0)
-        results[backend] = sparse_attention(*tensors, pattern, dropout=0.5, backend=backend)
-    assert torch.equal(results["auto"], results["gather"])  # type: ignore[arg-type]
-    assert not torch.equal(results["auto"], results["dense"])  # type: ignore[arg-type]
+        results[backend] = attention(pattern, dropout=0.5, backend=backend)(*tensors)
+    assert torch.equal(results["auto"], results["gather"])
+    assert not torch.equal(results["auto"], results["dense"])

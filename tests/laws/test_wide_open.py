@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import sparse_attention
 from hf_sparse.patterns import Pattern
-from tests.pattern_cases import BACKENDS, CASES, HEADS, Case, case_name
+from tests.pattern_cases import BACKENDS, CASES, HEADS, Case, attention, case_name
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
 from tests.support.softmax import attend_by_rows, random_tensors
@@ -38,7 +37,7 @@ def test_wide_open_equals_dense(case: Case, n: int, is_causal: bool, backend: st
         assert not case.pattern.wide_open(n).mask(n, is_causal=True).any()
         return
     opened = case.pattern.wide_open(n)
-    attend = functools.partial(sparse_attention, pattern=opened, is_causal=is_causal, layer=1, backend=backend)
+    attend = attention(opened, is_causal=is_causal, layer=1, backend=backend)
     results = with_gradients(attend, random_tensors(tokens=n, width=WIDTH))
     for actual, wanted in zip(results, dense(n, is_causal), strict=True):
         assert_same_maths(actual, wanted, terms=n + WIDTH)
