@@ -35,6 +35,7 @@ def sparse_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     head_offset: int = 0,
+    num_heads: int | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -65,6 +66,7 @@ def sparse_attention(
         softcap: caps the scores by ``softcap * tanh(scores / softcap)``. Backend "dense" alone serves it.
         sinks: float ``[H]``, a score of each head that gives nothing. Backend "dense" alone serves it.
         head_offset: index of the first head held here, for tensor or sequence parallel ranks.
+        num_heads: heads of the whole layer, where others hold some; BigBird's published draw depends on it.
         backend: "gather" (blocks, any device), "dense" (a mask of T x S) or "auto" (dense where the scores need what only
             dense serves, else gather).
         return_lse: whether to return the logsumexp as well.
@@ -97,6 +99,7 @@ def sparse_attention(
         "layer": layer,
         "is_causal": is_causal,
         "head_offset": head_offset,
+        "num_heads": head_offset + query.shape[1] if num_heads is None else num_heads,
     }
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 
@@ -111,7 +114,7 @@ def sparse_attention(
         return gather_attention(q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows)
 
     if state is None:
-        out, lse = run(query, key, value, "with")
+        out, lse = run(query, key, value, "all")
     else:
         out, lse = _with_global_projections(run, query, key, value, pattern, state, hidden_states, global_mask)
     return (out, lse) if return_lse else out
@@ -157,6 +160,12 @@ def _positions(
         raise ValueError("document_ids cannot be used where the queries are not the keys")
     if query_positions is None and tokens > keys:
         raise ValueError(f"{tokens} queries over {keys} keys need query_positions")
+    for name, positions, count in (
+        ("query_positions", query_positions, tokens),
+        ("key_positions", key_positions, keys),
+    ):
+        if positions is not None:
+            check_token_mask(positions, name, batch=batch, tokens=count, is_boolean=False)
     index = torch.arange(keys, device=key.device).expand(batch, -1)
     first = torch.zeros(batch, 1, dtype=torch.int64, device=key.device)
     if key_padding_mask is not None:
@@ -165,11 +174,6 @@ def _positions(
         key_positions = index - first
     if query_positions is None:
         query_positions = key_positions[:, keys - tokens :]
-    for name, positions, count in (
-        ("query_positions", query_positions, tokens),
-        ("key_positions", key_positions, keys),
-    ):
-        check_token_mask(positions, name, batch=batch, tokens=count, is_boolean=False)
     return query_positions, key_positions
 
 
@@ -190,21 +194,27 @@ def _with_global_projections(
         raise ValueError(
             f"pattern {pattern.key!r} with global projections cannot serve cached decoding; set global_projections=False"
         )
-    out, lse = run(query, key, value, "without")
-    if global_mask is None and not names_global_tokens(pattern):
+    out, lse = run(query, key, value, "shared")
+    if global_mask is None and not names_global_tokens(pattern, with_projections=True):
         if torch.is_grad_enabled() and any(p.requires_grad for p in state.parameters()):
             # unused weights still take part, with gradient 0: distributed training waits for all of them
             out = out + 0.0 * sum(p.sum() for p in state.parameters()).to(out.dtype)  # type: ignore[union-attr]
         return out, lse
-    row_out, row_lse = run(*state(hidden_states), "only")
+    row_out, row_lse = run(*state(hidden_states), "own")
     is_row = row_lse > float("-inf")
     return torch.where(is_row[..., None], row_out, out), torch.where(is_row, row_lse, lse)
 
 
-def names_global_tokens(pattern: Pattern) -> bool:
-    """Say whether a pattern names global tokens itself, in any member."""
+def names_global_tokens(pattern: Pattern, *, with_projections: bool = False) -> bool:
+    """Say whether a pattern names global tokens itself, in any member.
+
+    Args:
+        pattern: the pattern.
+        with_projections: count only tokens whose rows have projections of their own.
+    """
     if isinstance(pattern, Longformer):
-        return bool(pattern.global_tokens)
+        return bool(pattern.global_tokens) and (pattern.global_projections or not with_projections)
     if isinstance(pattern, GlobalTokens):
-        return bool(pattern.positions)
-    return any(names_global_tokens(member) for member in getattr(pattern, "members", ()))
+        return bool(pattern.positions) and not with_projections
+    members = getattr(pattern, "members", ())
+    return any(names_global_tokens(member, with_projections=with_projections) for member in members)

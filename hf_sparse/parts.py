@@ -5,6 +5,7 @@ use; :mod:`hf_sparse.plan` turns the same parts into blocks of work. All positio
 real token of a sequence.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ class Scope:
         layer: index of the layer among the self-attention layers of its stack.
         is_causal: whether a query may read only itself and what is before it.
         head_offset: index of the first head held here (above 0 on tensor or sequence parallel ranks).
+        num_heads: heads of the whole layer; None means none beyond those held here.
     """
 
     length: int
@@ -28,6 +30,7 @@ class Scope:
     layer: int = 0
     is_causal: bool = False
     head_offset: int = 0
+    num_heads: int | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,9 +97,12 @@ class BlockTable(Part):
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         q, k = torch.broadcast_tensors(q // self.block, k // self.block)
         table = self.table.to(q.device)
+        # padding on the left has positions below 0: in no block, and not to be taken for the table's -1
+        is_inside = (q >= 0) & (q < table.shape[1]) & (k >= 0)
+        row = q.clamp(0, table.shape[1] - 1)
         allowed = torch.zeros((table.shape[0], *q.shape), dtype=torch.bool, device=q.device)
         for column in range(table.shape[2]):
-            allowed |= table[:, :, column][:, q] == k
+            allowed |= is_inside & (table[:, :, column][:, row] == k)
         return allowed
 
 
@@ -107,10 +113,12 @@ class Globals(Part):
     Attributes:
         positions: logical positions of the tokens; those at or beyond the end of the sequence are left out.
         is_replaceable: whether a ``global_mask`` takes the place of ``positions``.
+        has_projections: whether their rows use projections of their own, where there are some.
     """
 
     positions: tuple[int, ...] = ()
     is_replaceable: bool = True
+    has_projections: bool = False
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         positions = torch.tensor(self.positions, dtype=torch.int64, device=q.device)
@@ -118,7 +126,7 @@ class Globals(Part):
 
 
 def edge_mask(
-    parts: tuple[Part, ...], q: Tensor, k: Tensor, *, heads: int, is_causal: bool, rows: str = "with"
+    parts: tuple[Part, ...], q: Tensor, k: Tensor, *, heads: int, is_causal: bool, rows: str = "all"
 ) -> Tensor:
     """Evaluate the union of parts.
 
@@ -128,22 +136,23 @@ def edge_mask(
         k: int64 ``[1, S]``, logical key positions.
         heads: number of heads held here.
         is_causal: whether keys ahead of the query are left out.
-        rows: "with" the rows of global tokens, "without" them (they read nothing), or "only" them.
+        rows: "all" rows; "shared", without those of global tokens that have projections of their own (they read nothing);
+            or "own", only those.
 
     Returns:
         bool ``[heads, T, S]``.
     """
     shape = torch.broadcast_shapes(q.shape, k.shape)
     mask = torch.zeros((heads, *shape), dtype=torch.bool, device=q.device)
-    is_row = torch.zeros((heads, q.shape[0], 1), dtype=torch.bool, device=q.device)
+    has_own = torch.zeros((heads, q.shape[0], 1), dtype=torch.bool, device=q.device)
     for part in parts:
         index = list(range(heads)) if part.heads is None else sorted(part.heads)
         allowed = part.allows(q, k)
         mask[index] |= allowed[index] if allowed.shape[0] > 1 else allowed
-        if isinstance(part, Globals):
-            is_row[index] |= torch.isin(q, torch.tensor(part.positions, dtype=torch.int64, device=q.device))
-    if rows != "with":
-        mask &= is_row if rows == "only" else ~is_row
+        if isinstance(part, Globals) and part.has_projections:
+            has_own[index] |= torch.isin(q, torch.tensor(part.positions, dtype=torch.int64, device=q.device))
+    if rows != "all":
+        mask &= has_own if rows == "own" else ~has_own
     return mask & (k <= q) if is_causal else mask
 
 
@@ -157,6 +166,6 @@ def with_global_positions(parts: tuple[Part, ...], positions: tuple[int, ...] | 
     if positions is None:
         return parts
     return tuple(
-        Globals(heads=part.heads, positions=positions) if isinstance(part, Globals) and part.is_replaceable else part
+        dataclasses.replace(part, positions=positions) if isinstance(part, Globals) and part.is_replaceable else part
         for part in parts
     )

@@ -16,14 +16,15 @@ from hf_sparse.tiles import KEPT_MASK, Gather, Group, Mask, Plan, Run, Tile
 MAX_SCORES = 1 << 21
 
 
-def make_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] = (), rows: str = "with") -> Plan:
+def make_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] = (), rows: str = "all") -> Plan:
     """Cut parts into tiles.
 
     Args:
         parts: the parts of a pattern for this scope.
         scope: length, heads and causality.
         invalid: positions that are no real tokens: nobody reads them.
-        rows: "with" the rows of global tokens, "without" them (they get nothing), or "only" them.
+        rows: "all" rows; "shared", without those of global tokens that have projections of their own (what they get is to be
+            overwritten); or "own", only those.
 
     Returns:
         The plan. Tiles of different parts are disjoint: a later part gives up the edges of earlier ones.
@@ -46,7 +47,7 @@ def make_positional_plan(
     k_positions: Tensor,
     is_real: Tensor,
     *,
-    rows: str = "with",
+    rows: str = "all",
 ) -> Plan:
     """Cut attention of a few queries over many keys into tiles, for positions of any order, as in cached decoding.
 
@@ -73,7 +74,8 @@ def make_positional_plan(
         Tile(slice(a, a + step), slice(0, len(k_positions)), Mask(lambda a=a: mask_of(q_positions[a : a + step])), True)  # type: ignore[misc]
         for a in range(0, len(q_positions), step)
     ]
-    group = Group(tuple(range(scope.heads)), tuple(work), torch.empty(0, dtype=torch.int64))
+    nothing = torch.empty(0, dtype=torch.int64)
+    group = Group(tuple(range(scope.heads)), tuple(work), nothing, nothing)
     return Plan(len(q_positions), (group,))
 
 
@@ -85,9 +87,12 @@ class _GroupBuilder:
         self.is_invalid = torch.zeros(self.n, dtype=torch.bool)
         self.is_invalid[list(invalid)] = True
         self.is_global = torch.zeros(self.n, dtype=torch.bool)
+        self.has_own = torch.zeros(self.n, dtype=torch.bool)
         for part in parts:
             if isinstance(part, Globals):
-                self.is_global[[p for p in part.positions if p < self.n]] = True
+                held = [p for p in part.positions if p < self.n]
+                self.is_global[held] = True
+                self.has_own[held] |= part.has_projections
         # windows come first: what they cover is known from the distance alone, so blocks after them keep one mask
         order: list[type[Part]] = [Window, BlockWindow, BlockTable]
         self.parts = sorted((p for p in parts if not isinstance(p, Globals)), key=lambda p: order.index(type(p)))
@@ -99,7 +104,7 @@ class _GroupBuilder:
 
     def build(self, rows: str) -> Group:
         work: list[Tile | Run | Gather] = []
-        if rows != "only":
+        if rows != "own":
             for i, part in enumerate(self.parts):
                 if isinstance(part, BlockTable):
                     work += self._table_work(part, self.parts[:i])
@@ -107,11 +112,12 @@ class _GroupBuilder:
                     work += self._window_work(part, self.parts[:i])
             if not self.is_full:
                 work += self._column_tiles(is_first=not self.parts)
-        if rows == "with" and self.is_full:
-            return Group(self.heads, tuple(work), torch.empty(0, dtype=torch.int64))
-        if rows != "without":
-            work += self._row_tiles()
-        return Group(self.heads, tuple(work), self.is_global.nonzero()[:, 0])
+            if not self.is_full:
+                work += self._row_tiles(self.is_global if rows == "all" else self.is_global & ~self.has_own)
+        else:
+            work += self._row_tiles(self.has_own)
+        overwritten = torch.zeros_like(self.is_global) if self.is_full else self.is_global
+        return Group(self.heads, tuple(work), overwritten.nonzero()[:, 0], self.is_invalid.nonzero()[:, 0])
 
     def _covers_all(self, part: Part) -> bool:
         last = self.n - 1
@@ -221,12 +227,21 @@ class _GroupBuilder:
     def _table_rows(
         self, part: BlockTable, earlier: Sequence[Part], table: Tensor, heads: tuple[int, ...], head: int
     ) -> Iterator[Gather]:
-        size = part.block
+        size, is_first = part.block, not earlier
         rows = -(-self.n // size)
         table = table[:rows].clone()
         table[table >= rows] = -1
+        row = torch.arange(rows)[:, None]
         if self.is_causal:
-            table[table > torch.arange(rows)[:, None]] = -1
+            table[table > row] = -1
+        # whole blocks that an earlier part of the same blocks has are struck out here, so that no mask has to do it
+        for other in earlier:
+            if isinstance(other, BlockWindow) and other.block == size:
+                table[(row - table <= other.before) & (table - row <= other.after)] = -1
+            elif isinstance(other, BlockTable) and other.block == size:
+                held = other.table[head if other.table.shape[0] > 1 else 0, :rows]
+                table[(table[:, :, None] == held[:, None, :]).any(2)] = -1
+        earlier = [o for o in earlier if not (isinstance(o, (BlockWindow, BlockTable)) and o.block == size)]
         table = table.sort(dim=1, descending=True).values
         table[:, 1:][table[:, 1:] == table[:, :-1]] = -1
         table = table.sort(dim=1, descending=True).values
@@ -256,7 +271,7 @@ class _GroupBuilder:
             needs_mask = not bool(is_real.all()) or bool(earlier)
             needs_mask |= self.is_causal and bool((index.amax(1) > first + block * torch.arange(blocks)).any())
             mask = Mask(self._table_mask(part, earlier, head, first, block, index, is_real)) if needs_mask else None
-            yield Gather(heads, first, block, index, mask, not earlier)
+            yield Gather(heads, first, block, index, mask, is_first)
 
     def _starts(self, rows: int, size: int) -> Iterator[int]:
         for block_start in range(0, self.n, size):
@@ -292,8 +307,8 @@ class _GroupBuilder:
             mask = Mask(lambda q=q: columns[None, :] <= q[:, None]) if self.is_causal else None  # type: ignore[misc]
             yield Tile(slice(a, a + len(q)), _as_slice(columns), mask, is_first)
 
-    def _row_tiles(self) -> Iterator[Tile]:
-        rows = (self.is_global & ~self.is_invalid).nonzero()[:, 0]
+    def _row_tiles(self, is_row: Tensor) -> Iterator[Tile]:
+        rows = (is_row & ~self.is_invalid).nonzero()[:, 0]
         keys = torch.arange(self.n)
         step = max(8, min(256, MAX_SCORES // self.n))
         for q in rows.split(step) if len(rows) else ():

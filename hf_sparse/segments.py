@@ -80,6 +80,18 @@ def find_segments(
     return segments
 
 
+def logical_length(key_positions: Tensor, is_real: Tensor, *, reads_padding: bool) -> int:
+    """Return the tokens of a sequence of which only the positions of its keys are known.
+
+    Args:
+        key_positions: int64 ``[S]``, logical.
+        is_real: bool ``[S]``, True = a real token.
+        reads_padding: whether padding at the end counts.
+    """
+    counted = key_positions if reads_padding else key_positions[is_real]
+    return max(1, int(counted.max()) + 1) if len(counted) else 1
+
+
 def _documents(ids: Tensor) -> list[tuple[int, int]]:
     values, counts = torch.unique_consecutive(ids, return_counts=True)
     ends = counts.cumsum(0).tolist()

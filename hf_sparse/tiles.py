@@ -114,11 +114,13 @@ class Group:
         heads: the heads, ascending.
         work: what to run, in this order.
         rows: int64, global queries; their row tiles come last and overwrite what other tiles wrote.
+        invalid: int64, queries that are no real tokens: they get nothing, whatever tiles wrote.
     """
 
     heads: tuple[int, ...]
     work: tuple[Tile | Run | Gather, ...]
     rows: Tensor
+    invalid: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +140,8 @@ def _count_group(group: Group, length: int) -> int:
     position = torch.arange(length)
     is_row = torch.zeros(length, dtype=torch.bool)
     is_row[group.rows] = True
+    is_invalid = torch.zeros(length, dtype=torch.bool)
+    is_invalid[group.invalid] = True
     total = 0
     for work in group.work:
         if isinstance(work, Tile):
@@ -150,7 +154,7 @@ def _count_group(group: Group, length: int) -> int:
             q = position[work.first : work.first + len(work.index) * work.block].view(len(work.index), work.block)
             keys, heads = work.index.shape[1], len(work.heads)
         read = work.mask.boolean().sum(-1) if work.mask is not None else torch.tensor(keys)
-        counts = read.expand(q.shape)
+        counts = read.expand(q.shape).masked_fill(is_invalid[q], 0)
         if not (isinstance(work, Tile) and work.is_row):
             counts = counts.masked_fill(is_row[q], 0)
         total += int(counts.sum()) * heads

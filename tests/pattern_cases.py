@@ -156,9 +156,9 @@ WITH_GLOBALS = tuple(case for case in CASES if case.pattern.has_global_tokens)
 SAMPLE = ("longformer_dilated_by_head", "bigbird_published", "random", "union_of_all_atoms", "by_head")
 
 
-def sampled(cases: tuple[Case, ...] = CASES) -> list[Any]:
+def sampled(cases: tuple[Case, ...] = CASES, names: tuple[str, ...] = SAMPLE) -> list[Any]:
     """Return parameters of a test: a few cases always, the others where slow tests run too."""
-    marks = {case.name: () if case.name in SAMPLE else pytest.mark.slow for case in cases}
+    marks = {case.name: () if case.name in names else pytest.mark.slow for case in cases}
     return [pytest.param(case, marks=marks[case.name], id=case.name) for case in cases]
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hf_sparse.parts import Scope, edge_mask, with_global_positions
 from hf_sparse.patterns import pattern_from_json
-from hf_sparse.segments import find_segments
+from hf_sparse.segments import find_segments, logical_length
 
 
 @torch.library.custom_op("hf_sparse::edge_mask", mutates_args=())
@@ -21,6 +21,7 @@ def draw_edges(
     layer: int,
     is_causal: bool,
     head_offset: int,
+    num_heads: int,
     rows: str,
 ) -> Tensor:
     """Draw the edges of a batch; arguments as for ``hf_sparse::gather``.
@@ -34,7 +35,7 @@ def draw_edges(
     mask = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
 
     def draw(length: int, held: tuple[int, ...] | None, q: Tensor, k: Tensor) -> Tensor:
-        parts = rule.parts(Scope(length, heads, layer, is_causal, head_offset))
+        parts = rule.parts(Scope(length, heads, layer, is_causal, head_offset, num_heads))
         parts = with_global_positions(parts, held)
         return edge_mask(parts, q[:, None], k[None, :], heads=heads, is_causal=is_causal, rows=rows)
 
@@ -42,9 +43,8 @@ def draw_edges(
         for row in range(batch):
             q, k = query_positions[row].cpu(), key_positions[row].cpu()
             held = None if global_mask is None else tuple(k[global_mask[row].cpu()].tolist())
-            mask[row] = draw(int(k.max()) + 1, held, q, k)
-            if key_padding_mask is not None:
-                mask[row] &= key_padding_mask[row].cpu()
+            real = torch.ones(keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[row].cpu()
+            mask[row] = draw(logical_length(k, real, reads_padding=rule.reads_padding), held, q, k) & real
         return mask.to(query.device)
     for segment in find_segments(
         batch,
@@ -58,6 +58,7 @@ def draw_edges(
         position = torch.arange(segment.stop - segment.start)
         drawn = draw(len(position), segment.global_positions, position, position)
         drawn[:, :, list(segment.invalid)] = False
+        drawn[:, list(segment.invalid)] = False
         mask[segment.row, :, at, at] = drawn
     return mask.to(query.device)
 

@@ -15,7 +15,7 @@ from hf_sparse.backends.kernels import Kernel
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, pattern_from_json
 from hf_sparse.plan import make_plan, make_positional_plan
-from hf_sparse.segments import find_segments
+from hf_sparse.segments import find_segments, logical_length
 from hf_sparse.tiles import Gather, Group, Plan, Run, Tile
 
 
@@ -36,6 +36,7 @@ def gather_attention(
     scale: float,
     dropout: float,
     head_offset: int,
+    num_heads: int,
     rows: str,
 ) -> tuple[Tensor, Tensor]:
     """Run a pattern.
@@ -56,16 +57,17 @@ def gather_attention(
         scale: factor of the scores.
         dropout: probability of dropping an attention probability.
         head_offset: index of the first head held here.
-        rows: "with" the rows of global tokens, "without" them, or "only" them.
+        num_heads: heads of the whole layer.
+        rows: "all" rows, "shared" ones or those of "own" projections; see ``make_plan``.
 
     Returns:
         Output ``[B, H, T, Dv]`` in the dtype of the query, and logsumexp ``[B, H, T]`` in float32 (float64 for float64).
     """
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v = (t.to(exact) for t in (query, key, value))
+    q, k, v = (_readable(t, exact) for t in (query, key, value))
     out = q.new_zeros(*query.shape[:3], value.shape[3])
     lse = q.new_full(query.shape[:3], float("-inf"))
-    call = _Call(pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, rows)
+    call = _Call(pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows)
     kernel = _kernel(scale, dropout, seed, query.device)
     masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions)
     for batch, q_tokens, k_tokens, plan in call.plans(query, key, *masks):
@@ -101,14 +103,15 @@ def _gather_backward(
     scale: float,
     dropout: float,
     head_offset: int,
+    num_heads: int,
     rows: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v, g, o = (t.to(exact) for t in (query, key, value, grad_out, out))
+    q, k, v, g, o = (_readable(t, exact) for t in (query, key, value, grad_out, out))
     # a query that reads nothing has no gradient: against +inf all its probabilities are 0
     top = lse.masked_fill(lse == float("-inf"), 1e30)
     grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    call = _Call(pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, rows)
+    call = _Call(pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows)
     kernel = _kernel(scale, dropout, seed, query.device)
     masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions)
     for batch, q_tokens, k_tokens, plan in call.plans(query, key, *masks):
@@ -155,14 +158,11 @@ def cached_plan(
 class _Call:
     """What stays the same over the sequences of one call."""
 
-    def __init__(self, pattern: Pattern, layer: int, is_causal: bool, heads: int, head_offset: int, rows: str) -> None:
-        self.pattern, self.is_causal, self.heads, self.head_offset, self.rows = (
-            pattern,
-            is_causal,
-            heads,
-            head_offset,
-            rows,
-        )
+    def __init__(
+        self, pattern: Pattern, layer: int, is_causal: bool, heads: int, head_offset: int, num_heads: int, rows: str
+    ) -> None:
+        self.pattern, self.is_causal, self.rows = pattern, is_causal, rows
+        self.heads, self.head_offset, self.num_heads = heads, head_offset, num_heads
         self.layer = layer if pattern.varies_by_layer else 0
 
     def plans(
@@ -182,7 +182,8 @@ class _Call:
                 positions = query_positions[row].cpu(), key_positions[row].cpu()
                 real = torch.ones(tokens, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[row].cpu()
                 held = None if global_mask is None else tuple(positions[1][global_mask[row].cpu()].tolist())
-                scope = self._scope(int(positions[1].max()) + 1)
+                length = logical_length(positions[1], real, reads_padding=self.pattern.reads_padding)
+                scope = self._scope(length)
                 parts = with_global_positions(self.pattern.parts(scope), held)
                 plan = make_positional_plan(parts, scope, *positions, real, rows=self.rows)
                 yield slice(row, row + 1), slice(None), slice(None), plan
@@ -208,7 +209,13 @@ class _Call:
             first = last + 1
 
     def _scope(self, length: int) -> Scope:
-        return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset)
+        return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads)
+
+
+def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in a dtype and with its last dimension dense, as the fused kernel needs it."""
+    tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _kernel(scale: float, dropout: float, seed: Tensor | None, device: torch.device) -> Kernel:
@@ -272,6 +279,8 @@ def _forward(plan: Plan, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, out: T
                 )
                 o, at = _queries(work, out_held[row, head]), _queries(work, lse_held[row, head])
                 _merge(o, at, part[0][:, 0], part[1][:, 0], is_first=work.is_first)
+        if len(group.invalid):
+            out_held[:, :, group.invalid], lse_held[:, :, group.invalid] = 0.0, float("-inf")
         if not isinstance(heads.q, slice):
             out[:, heads.q], lse[:, heads.q] = out_held, lse_held
 

@@ -79,11 +79,13 @@ class BigBird(Pattern):
             behind, row = behind[None, :, None], row[None, :, None]
             block = torch.where(drawn < behind, drawn + 1, drawn - behind + row + 2)
             return torch.where(drawn < 0, drawn, block)
-        table = torch.full((scope.head_offset + scope.heads, blocks, self.num_random_blocks), -1, dtype=torch.int64)
+        held = slice(scope.head_offset, scope.head_offset + scope.heads)
+        # the published draw goes through the heads row by row, so it takes all of them
+        table = torch.full((scope.num_heads or held.stop, blocks, self.num_random_blocks), -1, dtype=torch.int64)
         generator = numpy.random.RandomState(self.seed + scope.layer)
         plan = _early_plan if blocks * self.block_size in _EARLY_LENGTHS else _section_plan
         plan(table, generator, self.block_size)
-        return table[scope.head_offset :]
+        return table[held]
 
     def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
         check_block_fits(self.block_size, length)

@@ -59,7 +59,7 @@ class Longformer(Pattern):
             reach = self.window[scope.layer] // 2
         else:
             reach = self.window // 2
-        globals_ = Globals(positions=self.global_tokens)
+        globals_ = Globals(positions=self.global_tokens, has_projections=self.global_projections)
         if isinstance(self.dilation, int):
             return (Window(before=reach, after=reach, dilation=self.dilation), globals_)
         last = scope.head_offset + scope.heads

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_sparse import sparse_attention
 from hf_sparse.backends.dense import draw_edges
 from hf_sparse.backends.gather import gather_attention
-from tests.pattern_cases import BACKENDS, CASES, Case, attention, case_of, sampled
+from tests.pattern_cases import BACKENDS, CASES, HEADS, Case, attention, case_of, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
 from tests.support.softmax import random_tensors
@@ -76,7 +76,7 @@ def test_other_padding_and_global_tokens_take_no_other_graph(backend: str) -> No
 
 
 @both_backends
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(names=("longformer_dilated_by_head", "union_of_all_atoms")))
 def test_a_compiled_call_equals_an_eager_one_with_gradients(case: Case, backend: str) -> None:
     attend = attention(case.pattern, is_causal=True, backend=backend, return_lse=True)
     tensors = random_tensors(batch=2, tokens=30, key_heads=2, width=WIDTH)
@@ -125,7 +125,7 @@ def gather_arguments(*, has_masks: bool, dropout: float, is_half: bool = False) 
         masks[1] = torch.zeros(2, 20, dtype=torch.bool).index_fill(1, torch.tensor([4]), True)
     seed = torch.tensor([5]) if dropout else None
     pattern = case_of("longformer").pattern.json
-    return (*leaves, *masks, seed, pattern, 0, True, 0.5, dropout, 0, "with")
+    return (*leaves, *masks, seed, pattern, 0, True, 0.5, dropout, 0, HEADS, "all")
 
 
 @pytest.mark.parametrize(
@@ -146,5 +146,5 @@ def test_the_gather_operator_is_declared_as_it_behaves(has_masks: bool, dropout:
 def test_the_mask_operator_is_declared_as_it_behaves() -> None:
     query, key, _, *masks = gather_arguments(has_masks=True, dropout=0.0)[:8]
     pattern = gather_arguments(has_masks=False, dropout=0.0)[9]
-    arguments = (query.detach(), key.detach(), *masks, pattern, 0, True, 0, "with")
+    arguments = (query.detach(), key.detach(), *masks, pattern, 0, True, 0, HEADS, "all")
     assert set(torch.library.opcheck(draw_edges, arguments).values()) == {"SUCCESS"}

@@ -96,7 +96,7 @@ def test_checkpointing_repeats_the_draw(case: Case, use_reentrant: bool, backend
 
 
 @both_backends
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.1, 0.9])
 @some_cases
 def test_the_kept_fraction_is_one_minus_p(case: Case, p: float, backend: str) -> None:
     is_kept = read_off(case, p, backend)
@@ -124,7 +124,7 @@ def test_every_place_is_drawn_by_itself(case: Case, backend: str) -> None:
 
 
 @both_backends
-@pytest.mark.parametrize("name", ["longformer", "bigbird_published", "by_head"])
+@pytest.mark.parametrize("name", ["bigbird_published", "by_head"])
 def test_the_mean_over_draws_is_the_output_without_dropout(name: str, backend: str) -> None:
     case = case_of(name)
     p, draws = 0.25, 60
