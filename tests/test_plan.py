@@ -8,12 +8,12 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import plan as plan_module
-from hf_sparse.parts import Globals, Scope, with_global_positions
+from hf_sparse.parts import BlockTable, BlockWindow, Globals, Scope, with_global_positions
 from hf_sparse.patterns import Pattern
 from hf_sparse.plan import make_plan, make_positional_plan
 from hf_sparse.tiles import Gather as GatherWork
 from hf_sparse.tiles import Group, Plan, Run, Tile
-from tests.pattern_cases import CASES, HEADS, WITH_GLOBALS, Case, Setting, case_name
+from tests.pattern_cases import CASES, HEADS, WITH_GLOBALS, Case, Setting, case_name, case_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Work = Tile | Run | GatherWork
@@ -145,15 +145,57 @@ def test_global_positions_of_a_sample_hold_every_edge_once(
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["global", "longformer", "longformer_dilated_by_head", "union_of_all_atoms"])
+@pytest.mark.parametrize("name", ["longformer", "longformer_dilated_by_head"])
 def test_rows_with_projections_of_their_own_can_be_left_out_or_run_alone(name: str, is_causal: bool) -> None:
-    case = next(case for case in CASES if case.name == name)
     setting = Setting(65, 0, is_causal, (2, 9, 40))
-    is_row = torch.zeros(65, 1, dtype=torch.bool)
-    is_row[[2, 9, 40]] = name.startswith("longformer")
-    mask = case.mask(setting)
-    assert torch.equal(count_pairs(plan_of(case, setting, rows="own"), 65), (mask & is_row).long())
-    assert torch.equal(count_pairs(plan_of(case, setting, rows="shared"), 65), (mask & ~is_row).long())
+    is_row = torch.zeros(65, dtype=torch.bool)
+    is_row[[2, 9, 40]] = True
+    mask = case_of(name).mask(setting)
+    own = count_pairs(plan_of(case_of(name), setting, rows="own"), 65)
+    shared = count_pairs(plan_of(case_of(name), setting, rows="shared"), 65)
+    assert torch.equal(own, (mask & is_row[:, None]).long())
+    # what those rows get here is overwritten later
+    assert torch.equal(shared[:, ~is_row], mask[:, ~is_row].long())
+
+
+def test_rows_without_projections_of_their_own_are_shared() -> None:
+    case, setting = case_of("global"), Setting(65, positions=(2, 9, 40))
+    assert torch.equal(count_pairs(plan_of(case, setting, rows="shared"), 65), case.mask(setting).long())
+    assert not count_pairs(plan_of(case, setting, rows="own"), 65).any()
+
+
+@both_ways
+@pytest.mark.parametrize("n", [3, 20, 65])
+def test_tables_of_any_content_hold_every_edge_once(n: int, is_causal: bool) -> None:
+    # repeated blocks, the row's own, blocks ahead, blocks beyond the end, none
+    rows = [[r, r + 1, r, 0, 99] if r % 3 else [-1, r - 1, -1, r - 1, 3] for r in range(-(-n // 4))]
+    shared = BlockTable(block=4, table=torch.tensor([rows]))
+    by_head = BlockTable(block=4, table=torch.tensor([rows, rows[::-1], rows, rows[::-1]]))
+    coarse = BlockTable(block=8, table=torch.tensor([rows])[:, : -(-n // 8), :2], heads=frozenset({1, 3}))
+    position = torch.arange(n)
+    allowed = torch.tensor([[[k // 4 in rows[q // 4] for k in range(n)] for q in range(n)]]).expand(HEADS, -1, -1)
+    turned = torch.tensor([[k // 4 in rows[::-1][q // 4] for k in range(n)] for q in range(n)])
+    wide = torch.tensor([[k // 8 in rows[q // 8][:2] for k in range(n)] for q in range(n)])
+    own_head = torch.stack([allowed[0], turned, allowed[0], turned])
+    only_odd = wide & torch.tensor([False, True, False, True])[:, None, None]
+    unions = {
+        (shared,): allowed,
+        (by_head,): own_head,
+        (shared, by_head): allowed | own_head,
+        (BlockWindow(block=4, before=1), by_head, coarse): (block_lag(n) <= 1) & (block_lag(n) >= 0)
+        | own_head
+        | only_odd,
+    }
+    for parts, wanted in unions.items():
+        counts = count_pairs(make_plan(parts, Scope(n, HEADS, 0, is_causal)), n)
+        past = position[None, :] <= position[:, None] if is_causal else torch.tensor(True)
+        assert torch.equal(counts, (wanted & past).long())
+
+
+def block_lag(n: int) -> Tensor:
+    """Return by how many blocks of four a key lies behind a query."""
+    block = torch.arange(n) // 4
+    return block[:, None] - block[None, :]
 
 
 @both_ways

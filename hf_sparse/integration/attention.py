@@ -56,7 +56,7 @@ def attend(
     Raises:
         ValueError: if the module belongs to no sparse model, or something it is given cannot be honoured.
     """
-    tag: LayerTag | None = module.__dict__.get("_sparse")
+    tag = tag_of(module)
     if tag is None:
         raise ValueError(
             f"attn_implementation='hf_sparse' reached {type(module).__name__}, which belongs to no sparse model: its config "
@@ -67,7 +67,9 @@ def attend(
     if tag.pattern is None:
         out = _dense(query, key, value, mask, dropout, scaling, position_bias, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
-    hidden_states = module.__dict__.pop("_sparse_hidden", None)
+    hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
+    if hidden_states is not None:
+        module._sparse_hidden = None  # type: ignore[assignment]
     if document_ids is None:
         document_ids = mask.document_ids
     if document_ids is None and mask.padding is None and not mask.is_causal and position_ids is not None:

@@ -32,7 +32,8 @@ class LayerTag:
 
 def tag_of(module: nn.Module) -> LayerTag | None:
     """Return what a module is tagged with; None outside of sparse models."""
-    return module.__dict__.get("_sparse")
+    tag: Any = getattr(module, "_sparse", None)
+    return tag if isinstance(tag, LayerTag) else None
 
 
 def set_tag(module: nn.Module, tag: LayerTag) -> None:
