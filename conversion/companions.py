@@ -1,6 +1,7 @@
 """The files beside the weights: which come along, and which of their limits are raised."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -179,7 +180,8 @@ def _separator(checkpoint: Checkpoint, carried: list[PurePosixPath]) -> int | No
         return None
     try:
         separator = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True).sep_token_id
-    # a tokenizer may need a library that is not here: it is carried along unread
-    except Exception:
+    except Exception as error:
+        # a tokenizer may need a library that is not here: it is carried along unread
+        warnings.warn(f"the tokenizer could not be read ({error}), so sep_token_id stays unset", stacklevel=2)
         return None
     return separator if isinstance(separator, int) else None

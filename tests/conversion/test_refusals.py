@@ -29,7 +29,7 @@ def room(tmp_path: Path) -> Path:
     return folder
 
 
-def refused(source: Any, room: Path, wants: type[Exception], *parts: str, **options: Any) -> None:
+def assert_refused(source: Any, room: Path, wants: type[Exception], *parts: str, **options: Any) -> None:
     """Check that a conversion is refused with a message that holds all parts, and leaves nothing behind."""
     pattern = options.pop("pattern", BAND)
     before = tree(Path(source)) if Path(source).is_dir() else {}
@@ -42,74 +42,74 @@ def refused(source: Any, room: Path, wants: type[Exception], *parts: str, **opti
 
 
 def test_a_source_that_is_not_there(room: Path) -> None:
-    refused(room.parent / "nowhere", room, ConversionError, "nowhere is not a checkpoint", "no such folder")
+    assert_refused(room.parent / "nowhere", room, ConversionError, "nowhere is not a checkpoint", "no such folder")
 
 
 def test_a_source_that_is_a_file(bert: Path, room: Path) -> None:
-    refused(bert / "config.json", room, ConversionError, "is a file; pass the folder")
+    assert_refused(bert / "config.json", room, ConversionError, "is a file; pass the folder")
 
 
 def test_an_id_of_the_hub_that_cannot_be_had_offline(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("nobody/nothing", room, ConversionError, "nobody/nothing is no local folder", "unset HF_HUB_OFFLINE")
+    assert_refused("nobody/nothing", room, ConversionError, "nobody/nothing is no local folder", "unset HF_HUB_OFFLINE")
 
 
 def test_a_revision_of_a_local_folder(bert: Path, room: Path) -> None:
-    refused(bert, room, ConversionError, "revision 'main' is for the Hub", revision="main")
+    assert_refused(bert, room, ConversionError, "revision 'main' is for the Hub", revision="main")
 
 
 def test_a_folder_without_a_config(bert: Path, room: Path) -> None:
     (bert / "config.json").unlink()
-    refused(bert, room, ConversionError, "is not a checkpoint", "holds no config.json")
+    assert_refused(bert, room, ConversionError, "is not a checkpoint", "holds no config.json")
     (bert / "adapter_config.json").write_text("{}")
-    refused(bert, room, ConversionError, "merge the adapter")
+    assert_refused(bert, room, ConversionError, "merge the adapter")
 
 
 def test_a_config_that_is_not_json(bert: Path, room: Path) -> None:
     (bert / "config.json").write_text('{"model_type": "bert",')
-    refused(bert, room, ConversionError, "config.json is not valid JSON")
+    assert_refused(bert, room, ConversionError, "config.json is not valid JSON")
     (bert / "config.json").write_text("[]")
-    refused(bert, room, ConversionError, "must hold a JSON object, got list")
+    assert_refused(bert, room, ConversionError, "must hold a JSON object, got list")
 
 
 def test_a_config_with_a_field_of_a_wrong_type(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", num_hidden_layers="many")
-    refused(bert, room, ConversionError, "config.json cannot be read as a bert config", "num_hidden_layers")
+    assert_refused(bert, room, ConversionError, "config.json cannot be read as a bert config", "num_hidden_layers")
 
 
 def test_a_folder_without_weights(bert: Path, room: Path) -> None:
     for path in bert.glob("model*"):
         path.unlink()
-    refused(bert, room, ConversionError, "holds no weights", "model.safetensors")
+    assert_refused(bert, room, ConversionError, "holds no weights", "model.safetensors")
 
 
 def test_weights_that_are_only_a_pickle(bert: Path, room: Path) -> None:
     for path in bert.glob("model*"):
         path.unlink()
     torch.save({}, bert / "pytorch_model.bin")
-    refused(bert, room, ConversionError, "only as pytorch_model.bin", "a pickle may run code", "save_pretrained")
+    assert_refused(bert, room, ConversionError, "only as pytorch_model.bin", "a pickle may run code", "save_pretrained")
 
 
 def test_shards_without_an_index(bert: Path, room: Path) -> None:
     (bert / "model.safetensors.index.json").unlink()
-    refused(bert, room, ConversionError, f"has {SHARD} but no model.safetensors.index.json")
+    assert_refused(bert, room, ConversionError, f"has {SHARD} but no model.safetensors.index.json")
 
 
 def test_a_missing_shard(bert: Path, room: Path) -> None:
     (bert / SHARD).unlink()
-    refused(bert, room, ConversionError, f"lacks the shard {SHARD}")
+    assert_refused(bert, room, ConversionError, f"lacks the shard {SHARD}")
 
 
 def test_an_index_that_names_a_tensor_its_shard_lacks(bert: Path, room: Path) -> None:
     index = json.loads((bert / "model.safetensors.index.json").read_text())
     index["weight_map"]["bert.more.weight"] = SHARD
     edit_json(bert / "model.safetensors.index.json", **index)
-    refused(bert, room, ConversionError, f"{SHARD} lacks bert.more.weight, which the index says it holds")
+    assert_refused(bert, room, ConversionError, f"{SHARD} lacks bert.more.weight, which the index says it holds")
 
 
 def test_an_index_that_leads_out_of_the_folder(bert: Path, room: Path) -> None:
     edit_json(bert / "model.safetensors.index.json", weight_map={"a": "../x.safetensors"})
-    refused(bert, room, ConversionError, "lacks the shard ../x.safetensors")
+    assert_refused(bert, room, ConversionError, "lacks the shard ../x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -132,25 +132,25 @@ def test_an_index_that_leads_out_of_the_folder(bert: Path, room: Path) -> None:
 def test_a_broken_shard(bert: Path, room: Path, spoil: Callable[[bytes], bytes], says: str, at: int) -> None:
     shard = sorted(bert.glob("*.safetensors"))[at]
     shard.write_bytes(spoil(shard.read_bytes()))
-    refused(bert, room, ConversionError, f"{shard.name} is truncated or is no safetensors file", says)
+    assert_refused(bert, room, ConversionError, f"{shard.name} is truncated or is no safetensors file", says)
 
 
 def test_code_of_its_own(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", auto_map={"AutoModel": "modeling_mine.MyModel"})
-    refused(bert, room, ConversionError, "brings code of its own (auto_map in config.json", "trust_remote_code")
+    assert_refused(bert, room, ConversionError, "brings code of its own (auto_map in config.json", "trust_remote_code")
     edit_json(bert / "config.json", auto_map=None)
     edit_json(bert / "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", None]})
-    refused(bert, room, ConversionError, "auto_map in tokenizer_config.json")
+    assert_refused(bert, room, ConversionError, "auto_map in tokenizer_config.json")
 
 
 def test_a_quantized_source(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    refused(bert, room, ConversionError, "is quantized", "convert the checkpoint it was made from")
+    assert_refused(bert, room, ConversionError, "is quantized", "convert the checkpoint it was made from")
 
 
 def test_a_source_that_is_sparse_already(bert: Path, room: Path, tmp_path: Path) -> None:
     hf_sparse.convert(bert, tmp_path / "once", BAND, verify=False)
-    refused(tmp_path / "once", room, ConversionError, "is sparse already (model_type 'sparse_bert')")
+    assert_refused(tmp_path / "once", room, ConversionError, "is sparse already (model_type 'sparse_bert')")
 
 
 @pytest.mark.parametrize("name", ["MPNet", "DebertaV2", "Longformer", "XLNet"])
@@ -160,61 +160,63 @@ def test_a_model_type_that_would_ignore_a_pattern(name: str, room: Path, tmp_pat
     config.save_pretrained(tmp_path / "dense")
     save_file({"a": torch.zeros(2)}, tmp_path / "dense/model.safetensors")
     reason = "does not go through transformers' attention interface"
-    refused(tmp_path / "dense", room, UnsupportedModelError, f"({config.model_type})", reason, "convertible: bert,")
+    assert_refused(
+        tmp_path / "dense", room, UnsupportedModelError, f"({config.model_type})", reason, "convertible: bert,"
+    )
 
 
 def test_a_model_type_that_has_no_row_in_the_table(room: Path, tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     transformers.GPT2Model(config).save_pretrained(tmp_path / "dense")
-    refused(tmp_path / "dense", room, UnsupportedModelError, "'gpt2' cannot be converted yet", "sparsify_")
+    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'gpt2' cannot be converted yet", "sparsify_")
 
 
 def test_a_model_type_that_transformers_does_not_know(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", model_type="bart_simpson")
-    refused(bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "convertible: bert,")
+    assert_refused(bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "convertible: bert,")
     edit_json(bert / "config.json", model_type=None)
-    refused(bert, room, UnsupportedModelError, "names no model_type")
+    assert_refused(bert, room, UnsupportedModelError, "names no model_type")
 
 
 def test_positions_that_transformers_no_longer_computes(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", position_embedding_type="relative_key")
-    refused(bert, room, UnsupportedModelError, "position_embedding_type 'relative_key'")
+    assert_refused(bert, room, UnsupportedModelError, "position_embedding_type 'relative_key'")
 
 
 def test_a_length_shorter_than_the_checkpoint_s(bert: Path, room: Path) -> None:
-    refused(bert, room, ValueError, "max_length 127 is shorter than the 128 tokens", max_length=127)
-    refused(bert, room, TypeError, "max_length must be a whole number of tokens, got '300'", max_length="300")
+    assert_refused(bert, room, ValueError, "max_length 127 is shorter than the 128 tokens", max_length=127)
+    assert_refused(bert, room, TypeError, "max_length must be a whole number of tokens, got '300'", max_length="300")
 
 
 @pytest.mark.parametrize("key", ["bigbird", "block_local", "random"])
 def test_a_block_larger_than_the_length(bert: Path, room: Path, key: str) -> None:
     large = hf_sparse.pattern(key, block_size=257)
-    refused(bert, room, ValueError, "block_size 257", "256", pattern=large, max_length=256)
-    refused(bert, room, ValueError, "block_size 257", "256", layers={1: large}, max_length=256)
+    assert_refused(bert, room, ValueError, "block_size 257", "256", pattern=large, max_length=256)
+    assert_refused(bert, room, ValueError, "block_size 257", "256", layers={1: large}, max_length=256)
 
 
 def test_an_unknown_layer_and_a_layer_that_is_no_pattern(bert: Path, room: Path) -> None:
-    refused(bert, room, ValueError, "unknown layer '2'; known: 0, 1", layers={"2": "dense"})
-    refused(bert, room, TypeError, "layers['1'] must be a pattern or 'dense', got 'thin'", layers={"1": "thin"})
+    assert_refused(bert, room, ValueError, "unknown layer '2'; known: 0, 1", layers={"2": "dense"})
+    assert_refused(bert, room, TypeError, "layers['1'] must be a pattern or 'dense', got 'thin'", layers={"1": "thin"})
 
 
 def test_a_pattern_that_does_not_fit_or_is_none(bert: Path, room: Path) -> None:
-    refused(bert, room, ValueError, "the model has 2", pattern=hf_sparse.pattern("longformer", window=(8, 8, 8)))
-    refused(bert, room, TypeError, "pattern must be a pattern", pattern="band")
+    assert_refused(bert, room, ValueError, "the model has 2", pattern=hf_sparse.pattern("longformer", window=(8, 8, 8)))
+    assert_refused(bert, room, TypeError, "pattern must be a pattern", pattern="band")
 
 
 def test_weights_that_do_not_fit_the_config(bert: Path, room: Path, tmp_path: Path) -> None:
     says = "has shape [128, 32], but by config.json it has [512, 32]"
     edit_json(bert / "config.json", max_position_embeddings=512)
-    refused(bert, room, ConversionError, f"position_embeddings.weight {says}")
+    assert_refused(bert, room, ConversionError, f"position_embeddings.weight {says}")
     edit_json(bert / "config.json", max_position_embeddings=128, vocab_size=65)
-    refused(bert, room, ConversionError, "has shape [64, 32], but by config.json it has [65, 32]")
+    assert_refused(bert, room, ConversionError, "has shape [64, 32], but by config.json it has [65, 32]")
     write_checkpoint(tmp_path / "part")
     held = load_file(tmp_path / "part/model.safetensors")
     part = {name: held[name] for name in held if "query" not in name}
     save_file(part, tmp_path / "part/model.safetensors")
     says = "lacks the tensor encoder.layer.0.attention.self.query.weight and 3 more; it is not a whole BertModel"
-    refused(tmp_path / "part", room, ConversionError, says)
+    assert_refused(tmp_path / "part", room, ConversionError, says)
 
 
 def test_a_destination_that_is_not_empty(bert: Path, tmp_path: Path) -> None:
@@ -263,12 +265,12 @@ def test_a_destination_that_is_a_file_or_has_no_folder_to_lie_in(bert: Path, tmp
 def test_a_folder_that_may_not_be_written(bert: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0 and access(path, mode))
-    refused(bert, room, ConversionError, "may not be written")
+    assert_refused(bert, room, ConversionError, "may not be written")
 
 
 def test_a_file_that_may_not_be_read(bert: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "tokenizer.json")
-    refused(bert, room, ConversionError, "tokenizer.json may not be read")
+    assert_refused(bert, room, ConversionError, "tokenizer.json may not be read")
 
 
 def test_the_current_folder_is_not_replaced(bert: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,16 +284,16 @@ def test_the_current_folder_is_not_replaced(bert: Path, room: Path, monkeypatch:
 def test_a_disk_that_is_too_small(bert: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(room)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused(bert, room, ConversionError, "will write 0.1 MB", "0.0 MB free", "on another disk")
+    assert_refused(bert, room, ConversionError, "will write 0.1 MB", "0.0 MB free", "on another disk")
 
 
 def test_a_tokenizer_file_that_is_not_json(bert: Path, room: Path) -> None:
     (bert / "tokenizer.json").write_text("{")
-    refused(bert, room, ConversionError, "tokenizer.json is not valid JSON", max_length=300)
+    assert_refused(bert, room, ConversionError, "tokenizer.json is not valid JSON", max_length=300)
 
 
 def test_a_roberta_whose_padding_is_unknown(room: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "dense", "Roberta")
     held = tiny_config("Roberta").to_dict()
     (tmp_path / "dense/config.json").write_text(json.dumps({**held, "pad_token_id": None}))
-    refused(tmp_path / "dense", room, ConversionError, "pad_token_id must be a number, got None")
+    assert_refused(tmp_path / "dense", room, ConversionError, "pad_token_id must be a number, got None")
