@@ -81,13 +81,14 @@ def _inputs(target: Target, tokens: int) -> dict[str, Tensor]:
 
 
 def _marks_global(target: Target, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a mask of global tokens where the patterns have them, so that weights of their own are compared too."""
+    """Mark every token as global where the patterns have such, so that the weights of their rows are compared too.
+
+    A mask replaces the positions that a pattern opened wide names, so it must not mark fewer.
+    """
     patterns = [target.entry.pattern, *(pattern for _, pattern in target.entry.layers if pattern is not None)]
     if not all(pattern.has_global_tokens for pattern in patterns):
         return {}
-    mask = torch.zeros_like(inputs["attention_mask"])
-    mask[:, 0] = 1
-    return {"global_attention_mask": mask}
+    return {"global_attention_mask": inputs["attention_mask"]}
 
 
 def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:

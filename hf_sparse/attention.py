@@ -82,6 +82,9 @@ def sparse_attention(
     check_attention_inputs(query, key, value)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a pattern such as hf_sparse.pattern('band'), got {pattern!r}")
+    for name, index in (("layer", layer), ("head_offset", head_offset)):
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"{name} must be at least 0 and a whole number, got {index!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     batch, tokens = key.shape[0], key.shape[2]

@@ -92,7 +92,7 @@ def show(
     length: Annotated[int, typer.Option("--length", "-n", help="Tokens, at least 1.")] = 32,
     is_causal: Annotated[bool, typer.Option("--causal", help="Leave out the keys ahead of each query.")] = False,
     heads: Annotated[int, typer.Option("--heads", help="Heads, at least 1; equal ones are drawn once.")] = 1,
-    layer: Annotated[int, typer.Option("--layer", help="Index of the layer, from 0.")] = 0,
+    layer: Annotated[int, typer.Option("--layer", min=0, help="Index of the layer, from 0.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; the mask as rows of 0 and 1.")] = False,
 ) -> None:
     """Draw who may read whom: a row is a query, a column a key, a filled cell an edge.

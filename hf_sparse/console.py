@@ -71,6 +71,8 @@ def read_pattern(text: str, settings: Sequence[str] = ()) -> Pattern:
             raise ValueError(f"{text!r} names {key!r} twice; write such a union as JSON")
     for setting in settings:
         member, field, value = _read_setting(setting, keys)
+        if field in members[member]:
+            raise ValueError(f"--set {setting}: {field!r} was set already")
         members[member][field] = value
     return pattern_from_dict(members[0] if len(members) == 1 else {"key": "union", "patterns": members})
 

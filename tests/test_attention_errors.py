@@ -153,6 +153,13 @@ def test_heads_beyond_those_of_the_pattern_are_refused(heads: int, offset: int) 
         call(query, query, query, pattern=by_head, head_offset=offset)
 
 
+@pytest.mark.parametrize(("name", "value"), [("layer", -1), ("head_offset", -1), ("num_heads", 1), ("num_heads", 0)])
+def test_a_place_that_cannot_be_is_refused(name: str, value: int) -> None:
+    pattern = hf_sparse.pattern("bigbird", block_size=1)
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        call(pattern=pattern, **{name: value})
+
+
 def test_a_state_needs_hidden_states() -> None:
     state = LONGFORMER.make_state(hidden_size=8, num_heads=2, num_key_value_heads=2, head_dim=4)
     with pytest.raises(ValueError, match="state was given without hidden_states, which its projections read"):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope, edge_mask, with_global_positions
 from hf_sparse.patterns import pattern_from_json
 from hf_sparse.segments import find_segments, logical_length
@@ -68,6 +69,7 @@ def _(query, key, *_args):  # type: ignore[no-untyped-def]
     return query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.bool)
 
 
+@without_autocast
 def dense_attention(
     query: Tensor,
     key: Tensor,

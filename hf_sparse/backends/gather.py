@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_sparse.backends.kernels import Kernel
+from hf_sparse.backends.kernels import Kernel, without_autocast
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, pattern_from_json
 from hf_sparse.plan import make_plan, make_positional_plan
@@ -20,6 +20,7 @@ from hf_sparse.tiles import Gather, Group, Plan, Run, Tile
 
 
 @torch.library.custom_op("hf_sparse::gather", mutates_args=())
+@without_autocast
 def gather_attention(
     query: Tensor,
     key: Tensor,
@@ -83,6 +84,7 @@ def _(query, key, value, *_args):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("hf_sparse::gather_backward", mutates_args=())
+@without_autocast
 def _gather_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -1,14 +1,33 @@
 """The attention of one tile, forward and backward: torch's fused CPU kernel where it can serve, plain products elsewhere."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_sparse.tiles import Mask
 
+Result = TypeVar("Result")
+
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a function, of which the first argument is a tensor, that runs in the precision it chooses itself."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Result:
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(first, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run
 
 
 @dataclass

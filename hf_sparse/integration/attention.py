@@ -64,6 +64,10 @@ def attend(
         )
     mask = read_mask(attention_mask, module, is_causal)
     _refuse(module, mask.refusal, sliding_window)
+    if mask.padding is not None and tuple(mask.padding.shape) != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.padding.shape)}"
+        )
     if tag.pattern is None:
         out = _dense(query, key, value, mask, dropout, scaling, position_bias, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -123,6 +124,14 @@ def register_configs() -> None:
         sparse_config_class(model_type)
 
 
+def __getattr__(name: str) -> Any:
+    """Return a sparse class by its name: a process that unpickles a model has not made it yet."""
+    dense: Any = getattr(transformers, name.removeprefix("Sparse"), None) if name.startswith("Sparse") else None
+    if inspect.isclass(dense) and issubclass(dense, PreTrainedModel) and dense.config_class is not None:
+        return sparse_model_class(dense)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
     """Return a forward with ``global_attention_mask`` in its signature, where ``Trainer`` looks for columns to keep."""
     signature = inspect.signature(dense.forward)
@@ -130,13 +139,25 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
     extra = inspect.Parameter(
         "global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None
     )
+    names = [parameter.name for parameter in parameters[1:]]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     @functools.wraps(dense.forward)
     def forward(self: Any, *args: Any, global_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if global_attention_mask is None and self.config._attn_implementation == NAME:
-            global_attention_mask = _default_mask(self, args, kwargs)
+        is_sparse = self.config._attn_implementation == NAME
+        if is_sparse and kwargs.get("output_attentions"):
+            raise ValueError(
+                "sparse attention keeps no attention weights; load the model with attn_implementation='eager' to see those of "
+                "the dense model it came from"
+            )
+        if global_attention_mask is None and is_sparse:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            global_attention_mask = _default_mask(self, given)
         if global_attention_mask is not None:
+            if not isinstance(global_attention_mask, Tensor) or global_attention_mask.dim() < 2:
+                raise ValueError(
+                    f"global_attention_mask must be a tensor [batch, tokens], got {global_attention_mask!r}"
+                )
             kwargs["global_attention_mask"] = global_attention_mask.flatten(0, -2)
         return dense.forward(self, *args, **kwargs)
 
@@ -144,14 +165,13 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
     return forward
 
 
-def _default_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    ids = args[0] if args else kwargs.get("input_ids")
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if not isinstance(ids, Tensor) and not isinstance(mask, Tensor):
+def _default_mask(model: Any, given: dict[str, Any]) -> Tensor | None:
+    ids, embeddings, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    if not isinstance(ids, Tensor) and not isinstance(embeddings, Tensor):
         return None
     tags = [tag_of(module) for *_, module in self_attention_modules_cached(model)]
     patterns = [tag.pattern for tag in tags if tag is not None and tag.pattern is not None]
-    return default_global_mask(type(model).__name__, model.config, patterns, ids, mask)
+    return default_global_mask(type(model).__name__, model.config, patterns, ids, embeddings, mask)
 
 
 def self_attention_modules_cached(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:

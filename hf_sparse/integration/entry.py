@@ -49,10 +49,14 @@ def make_entry(pattern: Pattern, layers: Mapping[int | str, Pattern | str] | Non
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a pattern such as hf_sparse.pattern('band'), got {pattern!r}")
+    if not isinstance(layers or {}, Mapping):
+        raise TypeError(f"layers maps layers to patterns, such as {{0: 'dense'}}; got {layers!r}")
     named: list[tuple[str, Pattern | None]] = []
     for key, value in (layers or {}).items():
         if not isinstance(value, Pattern) and value != "dense":
             raise TypeError(f"layers[{key!r}] must be a pattern or 'dense', got {value!r}")
+        if str(key) in dict(named):
+            raise ValueError(f"layers names layer {str(key)!r} twice")
         named.append((str(key), value if isinstance(value, Pattern) else None))
     return Entry(pattern, tuple(named))
 

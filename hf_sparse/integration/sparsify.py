@@ -1,5 +1,6 @@
 """Making a model or a config sparse."""
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -55,12 +56,23 @@ def sparsify_(
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
     sparse: Any = sparse_model_class(dense)
+    _give_own_config(model)
     model.config.__class__ = sparse.config_class
     model.config.sparse_attention = entry.to_dict()
     model.__class__ = sparse
     model.set_attn_implementation(NAME)
     copy_projections(attach(model, entry))
     return model
+
+
+def _give_own_config(model: PreTrainedModel) -> None:
+    """Give a model and its modules a copy of their config: other models may share the object."""
+    copies: dict[int, Any] = {}
+    held = [(module, module.__dict__.get("config")) for module in model.modules()]
+    model.config = copy.deepcopy(model.config, copies)
+    for module, config in held:
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def sparse_config(
@@ -90,6 +102,8 @@ def sparse_config(
         raise ValueError("the source is sparse already; load it, or use sparsify_ to give it another pattern")
     cls = sparse_config_class(dense.model_type)
     fields = {**dense.to_dict(), "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
+    for one in (pattern, *(value for value in (layers or {}).values() if isinstance(value, Pattern))):
+        one.check(num_layers=dense.num_hidden_layers, num_heads=dense.num_attention_heads, length=max_length)
     if max_length is not None:
         fields["max_position_embeddings"] = check_max_length(dense, max_length)
     return cls.from_dict(fields)

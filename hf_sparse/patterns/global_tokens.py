@@ -30,11 +30,24 @@ class GlobalTokens(Pattern):
     def has_global_tokens(self) -> bool:
         return True
 
+    def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
+        check_positions_fit(self.positions, "positions", length)
+
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         return (Globals(positions=self.positions),)
 
     def wide_open(self, length: int) -> "GlobalTokens":
         return GlobalTokens(positions=tuple(range(length)))
+
+
+def check_positions_fit(positions: tuple[int, ...], name: str, length: int | None) -> None:
+    """Check positions against the longest input of a model.
+
+    Raises:
+        ValueError: if one lies beyond it.
+    """
+    if length is not None and positions and positions[-1] >= length:
+        raise ValueError(f"{name} holds {positions[-1]}, but the model reads {length} tokens: 0 to {length - 1}")
 
 
 def check_positions(value: object, name: str) -> tuple[int, ...]:

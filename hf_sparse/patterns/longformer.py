@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hf_sparse.parts import Globals, Part, Scope, Window
-from hf_sparse.patterns.global_tokens import check_positions
+from hf_sparse.patterns.global_tokens import check_positions, check_positions_fit
 from hf_sparse.patterns.parent import Pattern, check_count
 
 
@@ -82,6 +82,7 @@ class Longformer(Pattern):
             raise ValueError(f"window has {len(self.window)} entries, one a layer, but the model has {num_layers}")
         if isinstance(self.dilation, tuple) and len(self.dilation) != num_heads:
             raise ValueError(f"dilation has {len(self.dilation)} entries, one a head, but the model has {num_heads}")
+        check_positions_fit(self.global_tokens, "global_tokens", length)
 
     def wide_open(self, length: int) -> "Longformer":
         return Longformer(2 * length, self.global_tokens, 1, self.global_projections)

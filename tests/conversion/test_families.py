@@ -22,6 +22,7 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.conversion import ConversionReport, Count
+from hf_sparse.patterns import PATTERNS, Pattern
 from tests.support.checkpoints import MODEL_TYPES, edit_json, tree, write_checkpoint, write_tokenizer
 from tests.support.models import tiny_batch
 from tests.support.rounding import assert_within_rounding
@@ -267,3 +268,23 @@ def test_progress_is_told_of_every_byte(bert: Path, tmp_path: Path) -> None:
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert {total for _, total in told} == {told[-1][0]}
     assert told[-1][0] >= sum(path.stat().st_size for path in (tmp_path / "sparse").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(cls() for key, cls in sorted(PATTERNS.items()) if key not in ("block_local", "random", "bigbird")),
+        hf_sparse.pattern("block_local", block_size=16),
+        hf_sparse.pattern("random", block_size=16),
+        hf_sparse.pattern("bigbird", block_size=16),
+        hf_sparse.pattern("band") | hf_sparse.pattern("global"),
+        hf_sparse.by_head({range(0, 2): hf_sparse.pattern("global"), range(2, 4): LONGFORMER}),
+        hf_sparse.by_head({range(0, 2): hf_sparse.pattern("band"), range(2, 4): hf_sparse.pattern("global")}),
+    ],
+    ids=lambda p: p.key,
+)
+def test_every_pattern_converts_and_agrees_wide_open(pattern: Pattern, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "dense", "Bert", "ForMaskedLM")
+    report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", pattern, max_length=LENGTH)
+    assert report.wide_open_difference is not None
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "sparse")).__name__ == "SparseBertForMaskedLM"

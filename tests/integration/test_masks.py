@@ -120,3 +120,39 @@ def test_the_mask_moves_between_devices_as_accelerate_moves_batches() -> None:
     assert moved.padding.device.type == "meta"
     assert moved.padding.dtype == torch.bool
     assert mask.to(torch.device("meta"), non_blocking=True).document_ids.device.type == "meta"  # type: ignore[union-attr]
+
+
+def test_a_padding_mask_of_another_length_is_refused_by_its_name() -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), PATTERN)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape.*\[2, 40\], got \[2, 39\]"):
+        model(input_ids=tiny_batch()["input_ids"], attention_mask=torch.ones(2, 39))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(40), [1] * 40])
+def test_a_global_mask_that_is_no_batch_is_refused(mask: Any) -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), PATTERN)
+    with pytest.raises(ValueError, match="global_attention_mask must be a tensor"):
+        model(**tiny_batch(), global_attention_mask=mask)
+
+
+def test_attention_weights_are_refused() -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), PATTERN)
+    with pytest.raises(ValueError, match=r"keeps no attention weights.*eager"):
+        model(**tiny_batch(), output_attentions=True)
+
+
+def test_default_global_tokens_do_not_depend_on_how_the_input_is_given() -> None:
+    model = hf_sparse.sparsify_(
+        tiny_model("Bert", "ForSequenceClassification"), hf_sparse.pattern("longformer", window=4)
+    )
+    ids = tiny_batch(padding=0)["input_ids"]
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeddings).logits, model(input_ids=ids).logits)
+    asking = hf_sparse.sparsify_(tiny_model("Bert", "ForQuestionAnswering"), hf_sparse.pattern("longformer", window=4))
+    with pytest.warns(UserWarning, match="do not show where the question ends"):
+        asking(inputs_embeds=embeddings)
+    padded, real = tiny_batch(), tiny_batch()["attention_mask"].bool()
+    with torch.no_grad():
+        four = asking(input_ids=padded["input_ids"], attention_mask=real[:, None, None, :]).start_logits
+        assert torch.equal(four[real], asking(**padded).start_logits[real])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
 
 import hf_sparse
 from hf_sparse.patterns import PATTERNS
@@ -162,3 +162,26 @@ def test_the_auto_config_knows_sparse_types(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.model_type == "sparse_xlm_roberta"
     assert config.sparse_attention["pattern"] == LONGFORMER.to_dict()
+
+
+def test_a_sparse_model_unpickles_in_a_fresh_process(tmp_path: Path) -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert", "ForMaskedLM"), LONGFORMER)
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        f"import torch, hf_sparse; print(type(torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "SparseBertForMaskedLM", done.stderr
+
+
+def test_a_model_that_shares_its_config_stays_dense() -> None:
+    config = tiny_config("Bert")
+    one, other = BertModel(config), BertModel(config).eval()
+    batch = tiny_batch()
+    with torch.no_grad():
+        want = other(**batch).last_hidden_state
+        hf_sparse.sparsify_(one, LONGFORMER)
+        assert torch.equal(other(**batch).last_hidden_state, want)
+        assert BertModel(config)(**batch).last_hidden_state.shape == want.shape
+    assert one.config is one.encoder.layer[0].attention.self.config
+    assert type(config).__name__ == "BertConfig"

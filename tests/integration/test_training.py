@@ -208,3 +208,26 @@ def test_the_pipeline_runs_a_sparse_checkpoint(tmp_path: Path) -> None:
     assert answer["label"] == model.config.id2label[int(scores.argmax())]
     assert answer["score"] == pytest.approx(float(scores.max()), rel=1e-6)
     assert type(classify.model).__name__ == "SparseBertForSequenceClassification"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.key)
+def test_autocast_changes_neither_the_precision_inside_nor_the_gradient(pattern: Any) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 50, 8).bfloat16().requires_grad_() for _ in range(3))
+    for backend in ("gather", "dense"):
+        results = []
+        for enabled in (False, True):
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = hf_sparse.sparse_attention(query, key, value, pattern, dropout=0.2, backend=backend)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))])
+        for plain, cast in zip(*results, strict=True):
+            assert torch.equal(plain, cast)
+
+
+def test_autocast_training_runs_with_dropout() -> None:
+    fields = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    model = hf_sparse.sparsify_(tiny_model("Bert", "ForMaskedLM", **fields), PATTERNS[1]).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**tiny_batch()).logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

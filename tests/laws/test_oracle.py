@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import hf_sparse
+from hf_sparse.patterns import Pattern
 from tests.pattern_cases import BACKENDS, CASES, NEVER_EMPTY, Case, Setting, attention, case_name, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
@@ -76,3 +78,15 @@ def test_numerical_gradients_agree(case: Case) -> None:
     attend = attention(case.pattern, backend="gather", return_lse=True)
     leaves = [tensor.requires_grad_() for tensor in random_tensors(tokens=9, width=2, key_heads=2)]
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both_sides", "causal"])
+@pytest.mark.parametrize(
+    "pattern", [hf_sparse.pattern("random", num_random_blocks=0), hf_sparse.pattern("global", positions=())], ids=str
+)
+def test_a_pattern_without_edges_gives_zeros(pattern: Pattern, is_causal: bool, backend: str) -> None:
+    attend = attention(pattern, is_causal=is_causal, backend=backend, return_lse=True)
+    out, lse, *gradients = with_gradients(attend, random_tensors(tokens=9, width=WIDTH))
+    assert lse.eq(float("-inf")).all()
+    assert not any(result.any() for result in (out, *gradients))

@@ -1,6 +1,8 @@
 """What every pattern has to pass."""
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -46,12 +48,13 @@ def check_fields(key: str, defaults: dict[str, Any]) -> None:
 
 
 def check_round_trip(pattern: Pattern) -> None:
-    """A pattern survives JSON, equal and of equal hash."""
+    """A pattern survives JSON, equal and of equal hash, and pickle and copies, which other processes make."""
     again = hf_sparse.pattern_from_dict(json.loads(json.dumps(pattern.to_dict())))
     assert again == pattern
     assert hash(again) == hash(pattern)
     assert again.to_dict() == pattern.to_dict()
     assert pattern_from_json(pattern.json) == pattern
+    assert pickle.loads(pickle.dumps(pattern)) == copy.deepcopy(pattern) == pattern
 
 
 def check_unknown_field(key: str, known: str) -> None:

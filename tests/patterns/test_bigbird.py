@@ -184,6 +184,17 @@ def test_bad_counts_are_refused(field: str, least: int) -> None:
     checks.check_count_field("bigbird", field, least=least)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("seed", [2**31, 2**32 - 1, 2**40])
+def test_a_seed_that_is_accepted_draws(seed: int, plan: str) -> None:
+    try:
+        pattern = hf_sparse.pattern("bigbird", block_size=4, seed=seed, random_plan=plan)
+    except ValueError as error:
+        assert f"got {seed}" in str(error)  # noqa: PT017
+    else:
+        assert pattern.mask(60, layer=11).any()
+
+
 @pytest.mark.parametrize(("field", "known"), [("random_plan", "published, full_length"), ("length", "real, padded")])
 def test_bad_choices_are_refused_with_the_known_ones(field: str, known: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be one of {known}; got 'full'"):
