@@ -82,9 +82,15 @@ def sparse_attention(
     check_attention_inputs(query, key, value)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a pattern such as hf_sparse.pattern('band'), got {pattern!r}")
-    for name, index in (("layer", layer), ("head_offset", head_offset)):
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(f"{name} must be at least 0 and a whole number, got {index!r}")
+    least_heads = head_offset + query.shape[1]
+    num_heads = least_heads if num_heads is None else num_heads
+    for name, number, least in (
+        ("layer", layer, 0),
+        ("head_offset", head_offset, 0),
+        ("num_heads", num_heads, least_heads),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     batch, tokens = key.shape[0], key.shape[2]
@@ -102,7 +108,7 @@ def sparse_attention(
         "layer": layer,
         "is_causal": is_causal,
         "head_offset": head_offset,
-        "num_heads": head_offset + query.shape[1] if num_heads is None else num_heads,
+        "num_heads": num_heads,
     }
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 

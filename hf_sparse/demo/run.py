@@ -133,14 +133,14 @@ def _compare(
     window, block = LONGFORMER.window, BIGBIRD.block_size  # type: ignore[attr-defined]
     rows = (
         Row("dense, truncated at 512", source, "truncated"),
-        Row("dense, mean of 512-token chunks", source, "chunks"),
+        Row("dense, 512-token chunks", source, "chunks"),
         # the same weights and positions under dense attention
         Row("dense, full length", folders["longformer"], "whole", attention="sdpa"),
-        Row(f"converted: longformer {window} + CLS", folders["longformer"], "whole"),
-        Row(f"converted: bigbird {block}", folders["bigbird"], "whole"),
+        Row(f"longformer {window} + CLS", folders["longformer"], "whole"),
+        Row(f"bigbird {block}", folders["bigbird"], "whole"),
     )
     answers = [index for index, _ in corpus.scored]
-    table = Table("", "recall@1", "MRR", "seconds", "peak MiB", "recall@1 of longformer minus this [95 %]")
+    table = Table("", "recall@1", "MRR", "seconds", "MiB", "longformer's gain [95 %]")
     measured = [_measure(console, work_dir, row, "scored", len(corpus.names)) for row in rows]
     rank = [ranks(m["documents"], m["queries"], answers) for m in measured]
     ours = rank[3]
@@ -157,7 +157,7 @@ def _compare(
             "verdict": _verdict(interval) if own is not ours else "",
         }
         result["rows"].append(entry)
-        gain = f"{interval.difference:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] {entry['verdict']}"
+        gain = f"{interval.difference:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]\n{entry['verdict']}"
         table.add_row(
             row.name,
             f"{entry['recall_at_1']:.3f}",
@@ -172,8 +172,8 @@ def _compare(
 
 def _verdict(interval: Any) -> str:
     if not interval.excludes_zero:
-        return "(no difference shown)"
-    return "(longformer wins)" if interval.difference > 0 else "(longformer loses)"
+        return "no difference shown"
+    return "longformer wins" if interval.difference > 0 else "longformer loses"
 
 
 def _choose(console: Console, work_dir: Path, folder: Path, corpus: Corpus) -> dict[str, Any]:

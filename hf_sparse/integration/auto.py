@@ -127,7 +127,8 @@ def register_configs() -> None:
 def __getattr__(name: str) -> Any:
     """Return a sparse class by its name: a process that unpickles a model has not made it yet."""
     dense: Any = getattr(transformers, name.removeprefix("Sparse"), None) if name.startswith("Sparse") else None
-    if inspect.isclass(dense) and issubclass(dense, PreTrainedModel) and dense.config_class is not None:
+    is_model = inspect.isclass(dense) and issubclass(dense, PreTrainedModel)
+    if is_model and dense.config_class is not None:
         return sparse_model_class(dense)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
