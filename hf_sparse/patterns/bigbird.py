@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_sparse.parts import BlockTable, BlockWindow, Globals, Part, Scope
 from hf_sparse.patterns.block_local import check_block_fits
-from hf_sparse.patterns.parent import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count, check_seed
 from hf_sparse.patterns.random_blocks import draw_blocks
 
 
@@ -44,7 +44,7 @@ class BigBird(Pattern):
     def check_fields(self) -> None:
         check_count(self.block_size, "block_size", least=1)
         check_count(self.num_random_blocks, "num_random_blocks", least=0)
-        check_count(self.seed, "seed", least=0)
+        check_seed(self.seed)
         for name, known in (("random_plan", ("published", "full_length")), ("length", ("real", "padded"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
@@ -82,7 +82,8 @@ class BigBird(Pattern):
         held = slice(scope.head_offset, scope.head_offset + scope.heads)
         # the published draw goes through the heads row by row, so it takes all of them
         table = torch.full((scope.num_heads or held.stop, blocks, self.num_random_blocks), -1, dtype=torch.int64)
-        generator = numpy.random.RandomState(self.seed + scope.layer)
+        # numpy takes seeds of 32 bits
+        generator = numpy.random.RandomState((self.seed + scope.layer) % 2**32)
         plan = _early_plan if blocks * self.block_size in _EARLY_LENGTHS else _section_plan
         plan(table, generator, self.block_size)
         return table[held]

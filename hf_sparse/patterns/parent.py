@@ -137,3 +137,15 @@ def check_count(value: Any, name: str, *, least: int) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_seed(value: Any) -> None:
+    """Check a seed.
+
+    Raises:
+        TypeError: if the value is no int.
+        ValueError: if it is below 0 or does not fit into 62 bits.
+    """
+    check_count(value, "seed", least=0)
+    if value >= 2**62:
+        raise ValueError(f"seed must be below 2**62, got {value}")

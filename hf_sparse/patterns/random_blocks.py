@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_sparse.parts import BlockTable, Part, Scope
 from hf_sparse.patterns.block_local import check_block_fits
-from hf_sparse.patterns.parent import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count, check_seed
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RandomBlocks(Pattern):
     def check_fields(self) -> None:
         check_count(self.block_size, "block_size", least=1)
         check_count(self.num_random_blocks, "num_random_blocks", least=0)
-        check_count(self.seed, "seed", least=0)
+        check_seed(self.seed)
 
     @property
     def varies_by_layer(self) -> bool:

@@ -17,6 +17,9 @@ PATTERNS: list[dict[str, object]] = [
     {"key": "bigbird", "block_size": 64},
 ]
 OTHERS: list[dict[str, object]] = [
+    # as many scores as dense attention has: only slices of them may be held
+    {"key": "strided", "stride": 2},
+    {"key": "band", "radius": 16384},
     {"key": "block_local", "block_size": 128},
     {"key": "global", "positions": [0, 5000, 16383]},
     {"key": "random", "block_size": 64, "num_random_blocks": 3},

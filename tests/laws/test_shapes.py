@@ -26,7 +26,6 @@ from tests.support.softmax import attend_by_rows, random_tensors
 N, WIDTH = 33, 4
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 both_ways = pytest.mark.parametrize("is_causal", [False, True], ids=["both_sides", "causal"])
-every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
 some_cases = pytest.mark.parametrize("case", sampled())
 
 
@@ -116,7 +115,7 @@ def test_inputs_are_left_as_they_were(backend: str) -> None:
 
 @both_backends
 @both_ways
-@every_case
+@some_cases
 def test_fewer_queries_are_the_last_ones(case: Case, is_causal: bool, backend: str) -> None:
     tokens = 6
     query, key, value = random_tensors(tokens=N, key_heads=2, width=WIDTH)
@@ -173,7 +172,7 @@ def test_fewer_queries_see_a_global_mask(case: Case, backend: str) -> None:
 
 @both_backends
 @both_ways
-@every_case
+@some_cases
 def test_a_share_of_the_heads_equals_those_heads_of_the_whole(case: Case, is_causal: bool, backend: str) -> None:
     n = 150
     tensors = random_tensors(tokens=n, width=WIDTH)
