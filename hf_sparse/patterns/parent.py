@@ -144,8 +144,8 @@ def check_seed(value: Any) -> None:
 
     Raises:
         TypeError: if the value is no int.
-        ValueError: if it is below 0 or does not fit into 62 bits.
+        ValueError: if it is below 0 or does not fit into 63 bits.
     """
     check_count(value, "seed", least=0)
-    if value >= 2**62:
-        raise ValueError(f"seed must be below 2**62, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {value}")
