@@ -112,7 +112,6 @@ class _GroupBuilder:
                     work += self._window_work(part, self.parts[:i])
             if not self.is_full:
                 work += self._column_tiles(is_first=not self.parts)
-            if not self.is_full:
                 work += self._row_tiles(self.is_global if rows == "all" else self.is_global & ~self.has_own)
         else:
             work += self._row_tiles(self.has_own)
@@ -215,7 +214,7 @@ class _GroupBuilder:
             return _mask_unless_full(self._rule(part, earlier, q, k))
         return Mask(lambda: self._rule(part, earlier, q, k))
 
-    def _table_work(self, part: BlockTable, earlier: Sequence[Part]) -> Iterator[Tile | Gather]:
+    def _table_work(self, part: BlockTable, earlier: Sequence[Part]) -> Iterator[Gather]:
         per_head = part.table.shape[0] > 1 or any(isinstance(p, BlockTable) and p.table.shape[0] > 1 for p in earlier)
         if not per_head:
             yield from self._table_rows(part, earlier, part.table[0], tuple(range(len(self.heads))), 0)
