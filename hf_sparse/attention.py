@@ -101,7 +101,14 @@ def sparse_attention(
         check_token_mask(document_ids, "document_ids", batch=batch, tokens=tokens, is_boolean=False)
     check_global_mask_means_something(pattern, global_mask)
     backend = _choose_backend(backend, bias=bias, softcap=softcap, sinks=sinks)
-    positions = _positions(query, key, key_padding_mask, document_ids, query_positions, key_positions)
+    positions = _positions(
+        query,
+        key,
+        None if pattern.reads_padding else key_padding_mask,
+        document_ids,
+        query_positions,
+        key_positions,
+    )
     masks = (key_padding_mask, global_mask, document_ids, *positions)
     settings: dict[str, Any] = {
         "pattern": pattern.json,

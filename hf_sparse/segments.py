@@ -64,6 +64,8 @@ def find_segments(
     segments: list[Segment] = []
     for row in range(batch):
         for start, stop in _documents(documents[row]) if documents is not None else [(0, tokens)]:
+            if start == stop:
+                continue
             invalid: tuple[int, ...] = ()
             if not all_real:
                 held = real[row, start:stop].nonzero()[:, 0].tolist()

@@ -2,6 +2,7 @@
 
 import torch
 
+import hf_sparse
 from hf_sparse.segments import Segment, find_segments
 
 
@@ -49,3 +50,11 @@ def test_segments_are_alike_when_only_the_row_differs() -> None:
     assert Segment(3, 2, 5, (1,), (0,)).is_like(segment, 3)
     for other in (Segment(1, 1, 5, (1,), (0,)), Segment(1, 2, 5, (), (0,)), Segment(1, 2, 5, (1,), None)):
         assert not other.is_like(segment, 1)
+
+
+@pytest.mark.parametrize("key", sorted(hf_sparse.PATTERNS))
+@pytest.mark.parametrize("backend", ["dense", "gather"])
+def test_no_tokens_give_no_output(key: str, backend: str) -> None:
+    empty = torch.zeros(1, 2, 0, 4)
+    out = hf_sparse.sparse_attention(empty, empty, empty, hf_sparse.pattern(key), backend=backend)
+    assert out.shape == (1, 2, 0, 4)
