@@ -1,5 +1,6 @@
 """Segments are the stretches of real tokens, each counted from its own first one."""
 
+import pytest
 import torch
 
 import hf_sparse
