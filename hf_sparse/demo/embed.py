@@ -57,7 +57,3 @@ def main(path: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
     result = {"documents": torch.stack(documents), "queries": queries, "seconds": seconds, "peak_mib": peak}
     torch.save(result, job["out"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

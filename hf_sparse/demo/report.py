@@ -205,7 +205,8 @@ def _measure(console: Console, work_dir: Path, row: Row, split: str, documents: 
     }
     job.write_text(json.dumps(description))
     columns = (TextColumn("{task.description:40s}"), BarColumn(), TimeElapsedColumn())
-    command = [sys.executable, "-m", "hf_sparse.demo.embed", str(job)]
+    program = "import sys; from hf_sparse.demo.embed import main; main(sys.argv[1])"
+    command = [sys.executable, "-c", program, str(job)]
     with (
         log.open("w") as errors,
         Progress(*columns, console=console, transient=True) as progress,
