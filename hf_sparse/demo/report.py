@@ -203,6 +203,7 @@ def _measure(console: Console, work_dir: Path, row: Row, split: str, documents: 
         "split": split,
         "out": str(out),
     }
+    out.unlink(missing_ok=True)
     job.write_text(json.dumps(description))
     columns = (TextColumn("{task.description:40s}"), BarColumn(), TimeElapsedColumn())
     program = "import sys; from hf_sparse.demo.embed import main; main(sys.argv[1])"
