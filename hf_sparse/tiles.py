@@ -15,35 +15,51 @@ KEPT_MASK = 1 << 17
 
 
 class Mask:
-    """A mask that is made when it is needed, and kept if it is small."""
+    """A mask that is made when it is needed, and kept if it is small.
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
-        self._kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    Args:
+        make: returns bool ``[..., T, S]`` on the CPU.
+        keep: the most elements that are kept.
+    """
+
+    def __init__(self, make: Callable[[], Tensor], keep: int = KEPT_MASK) -> None:
+        self._make, self._keep = make, keep
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._of_heads: dict[tuple[int, int], Mask] = {}
 
     def boolean(self) -> Tensor:
         """Return bool ``[..., T, S]`` on the CPU; True where the query reads the key."""
-        return self._keep(torch.bool, torch.device("cpu"), self._make)
+        return self._kept_or("boolean", torch.bool, torch.device("cpu"), self._make)
 
-    def on(self, device: torch.device) -> Tensor:
-        """Return the mask on a device."""
-        return self._keep(torch.bool, device, lambda: self.boolean().to(device))
-
-    def additive(self, dtype: torch.dtype) -> Tensor:
-        """Return the mask on the CPU as a term of the scores: 0 where True, -inf elsewhere."""
+    def additive(self, like: Tensor) -> Tensor:
+        """Return the mask as a term of the scores, 0 where True and -inf elsewhere, on the device and in the dtype given."""
 
         def make() -> Tensor:
             mask = self.boolean()
-            return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+            return torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(~mask, float("-inf")).to(like.device)
 
-        return self._keep(dtype, torch.device("cpu"), make)
+        return self._kept_or("additive", like.dtype, like.device, make)
 
-    def _keep(self, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-        if (dtype, device) in self._kept:
-            return self._kept[dtype, device]
+    def empty_rows(self, device: torch.device) -> Tensor | None:
+        """Return bool ``[..., T]``, True for queries that read nothing, or None where there are none."""
+        empty = self._kept_or("empty", torch.bool, device, lambda: (~self.boolean().any(-1)).to(device))
+        has_some = self._kept_or("has_empty", torch.bool, torch.device("cpu"), lambda: empty.any().cpu())
+        return empty if bool(has_some) else None
+
+    def of_heads(self, heads: slice) -> "Mask":
+        """Return the mask of some heads of ``[1, H, T, S]``; a mask that all heads share is returned as it is."""
+        if self.boolean().dim() < 4:
+            return self
+        if (heads.start, heads.stop) not in self._of_heads:
+            self._of_heads[heads.start, heads.stop] = Mask(lambda: self.boolean()[:, heads], self._keep)
+        return self._of_heads[heads.start, heads.stop]
+
+    def _kept_or(self, name: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        if (name, dtype, device) in self._kept:
+            return self._kept[name, dtype, device]
         made = make()
-        if made.numel() <= KEPT_MASK:
-            self._kept[dtype, device] = made
+        if made.numel() <= self._keep:
+            self._kept[name, dtype, device] = made
         return made
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # two rounds of multiplication and one of shifting mix the sum of two random words; the constants are odd, for a bijection
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,26 @@ def mix(query: Tensor, key: Tensor) -> Tensor:
     return (mixed * _SECOND) >> 1
 
 
-def drop_(probabilities: Tensor, query: Tensor, key: Tensor, dropout: float) -> Tensor:
-    """Set the dropped entries to 0, in place; the kept ones are not scaled.
+def kept_bits(query: Tensor, key: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
+    """Return what was kept as integers of the width of a float dtype: all bits set, or none.
+
+    Integer arithmetic throughout: torch's CPU kernels run a comparison and a selection ten times slower.
 
     Args:
-        probabilities: float32 or float64 ``[..., T, S]``.
         query: int32 words of the queries ``[..., T]``.
         key: int32 words of the keys ``[..., S]``.
         dropout: probability of dropping an entry, above 0 and below 1.
+        dtype: float32 or float64.
     """
-    # integer arithmetic in place of a comparison and a selection, which torch's CPU runs ten times slower
-    mixed = torch.add(query[..., :, None], key[..., None, :])
-    shifted = torch.bitwise_right_shift(mixed.mul_(_FIRST), 15)
+    mixed = torch.add(query[..., :, None], key[..., None, :]).mul_(_FIRST)
+    shifted = torch.bitwise_right_shift(mixed, 15)
     mixed.bitwise_xor_(shifted).mul_(_SECOND)
     torch.bitwise_right_shift(mixed, 1, out=shifted)
-    is_kept = shifted.sub_(threshold(dropout)).bitwise_right_shift_(31)
-    bits = torch.int64 if probabilities.dtype == torch.float64 else torch.int32
-    probabilities.view(bits).bitwise_and_(is_kept.to(bits))
-    return probabilities
+    # the sign, spread over all bits
+    return shifted.sub_(threshold(dropout)).bitwise_right_shift_(31).to(_BITS[dtype])
+
+
+def keep_(entries: Tensor, bits: Tensor) -> Tensor:
+    """Set the dropped entries of ``[..., T, S]`` to 0, in place; the kept ones are not scaled."""
+    entries.view(bits.dtype).bitwise_and_(bits)
+    return entries

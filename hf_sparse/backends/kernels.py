@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hf_sparse.backends.dropout import keep_, kept_bits
 from hf_sparse.tiles import Mask
 
 Result = TypeVar("Result")
@@ -31,21 +32,23 @@ def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kernel:
-    """Attention of single tiles, under one scale and one stream of dropout.
+    """Attention of single tiles.
 
     Attributes:
         scale: factor of the scores.
         dropout: probability of dropping an attention probability, from 0 up to but not including 1.
-        generator: draws what is dropped; None without dropout. Tiles must be run in one order, forward and backward.
+        is_fused: whether torch's fused kernel runs them, which holds no scores.
     """
 
     scale: float
-    dropout: float = 0.0
-    generator: torch.Generator | None = None
+    dropout: float
+    is_fused: bool
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, words: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Attend.
 
         Args:
@@ -53,23 +56,22 @@ class Kernel:
             key: float ``[X, H, S, D]``.
             value: float ``[X, H, S, Dv]``.
             mask: bool, broadcastable to ``[X, H, T, S]`` once a head axis is put before the last two.
+            words: of the dropout, for queries ``[X, H, T]`` and keys, broadcastable to ``[X, H, S]``; None without it.
 
         Returns:
             Output ``[X, H, T, Dv]``, 0 for a query that reads nothing, and logsumexp ``[X, H, T]``, -inf there.
         """
-        if self._is_fused(query, value):
-            bias = None if mask is None else _spread(mask.additive(query.dtype))
+        empty = None if mask is None else mask.empty_rows(query.device)
+        if self.is_fused:
+            bias = None if mask is None else _spread(mask.additive(query), 2)
             out, lse = _fused_forward(query, key, value, 0.0, False, attn_mask=bias, scale=self.scale)
-            if bias is not None:
-                # the fused kernel reports 0 for a row without keys
-                lse = lse.masked_fill(bias.amax(-1) == float("-inf"), float("-inf"))
-            return out, lse
-        scores = self._scores(query, key, mask)
-        lse = scores.logsumexp(-1)
-        probabilities = scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp_()
-        if self.dropout:
-            probabilities *= self._kept(probabilities)
-        return probabilities @ value, lse
+            # the fused kernel reports 0 for a row without keys
+            return out, lse if empty is None else lse.masked_fill(_spread(empty, 1), float("-inf"))
+        probabilities, lse = self._probabilities(query, key, mask, empty)
+        if words is None:
+            return probabilities @ value, lse
+        keep_(probabilities, kept_bits(*words, self.dropout, probabilities.dtype))
+        return (probabilities @ value).mul_(1 / (1 - self.dropout)), lse
 
     def backward(
         self,
@@ -78,6 +80,7 @@ class Kernel:
         key: Tensor,
         value: Tensor,
         mask: Mask | None,
+        words: tuple[Tensor, Tensor] | None,
         out: Tensor,
         lse: Tensor,
         grad_lse: Tensor | None,
@@ -90,48 +93,52 @@ class Kernel:
             key: as in ``forward``.
             value: as in ``forward``.
             mask: as in ``forward``.
+            words: as in ``forward``.
             out: the output merged over all tiles.
-            lse: the logsumexp merged over all tiles, with +inf in place of -inf.
-            grad_lse: gradient of the merged logsumexp ``[X, H, T]``, or None.
+            lse: the logsumexp merged over all tiles; for a query that gets no gradient a huge number.
+            grad_lse: gradient of the merged logsumexp ``[X, H, T]``, or None; the fused kernel takes none.
         """
-        if self._is_fused(query, value) and grad_lse is None:
-            bias = None if mask is None else _spread(mask.additive(query.dtype))
+        if self.is_fused:
+            bias = None if mask is None else _spread(mask.additive(query), 2)
             return _fused_backward(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=self.scale)
-        probabilities = self._scores(query, key, mask).sub_(lse[..., None]).exp_()
-        grad_probabilities = grad_out @ value.transpose(-1, -2)
+        empty = None if mask is None else mask.empty_rows(query.device)
+        probabilities, own_lse = self._probabilities(query, key, mask, empty)
+        probabilities.mul_((own_lse - lse).exp_()[..., None])
         delta = (grad_out * out).sum(-1)
         if grad_lse is not None:
-            delta = delta - grad_lse
-        if self.dropout:
-            kept = self._kept(probabilities)
-            grad_value = (probabilities * kept).transpose(-1, -2) @ grad_out
-            grad_probabilities *= kept
-        else:
+            delta -= grad_lse
+        if words is None:
             grad_value = probabilities.transpose(-1, -2) @ grad_out
-        grad_scores = probabilities.mul_(grad_probabilities.sub_(delta[..., None])).mul_(self.scale)
-        return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, grad_value
+            grad_scores = grad_out @ value.transpose(-1, -2)
+        else:
+            bits = kept_bits(*words, self.dropout, probabilities.dtype)
+            scaled = grad_out * (1 / (1 - self.dropout))
+            grad_value = keep_(probabilities.clone(), bits).transpose(-1, -2) @ scaled
+            grad_scores = keep_(scaled @ value.transpose(-1, -2), bits)
+        grad_scores.sub_(delta[..., None]).mul_(probabilities)
+        grad_query, grad_key = grad_scores @ key, grad_scores.transpose(-1, -2) @ query
+        return grad_query.mul_(self.scale), grad_key.mul_(self.scale), grad_value
 
-    def _is_fused(self, query: Tensor, value: Tensor) -> bool:
-        return query.device.type == "cpu" and not self.dropout and query.shape[-1] == value.shape[-1]
-
-    def _scores(self, query: Tensor, key: Tensor, mask: Mask | None) -> Tensor:
+    def _probabilities(
+        self, query: Tensor, key: Tensor, mask: Mask | None, empty: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the softmax of the scores ``[X, H, T, S]``, 0 in empty rows, and their logsumexp."""
         scores = (query * self.scale) @ key.transpose(-1, -2)
         if mask is not None:
-            scores.masked_fill_(~_spread(mask.on(query.device)), float("-inf"))
-        return scores
+            scores += _spread(mask.additive(scores), 2)
+        top = scores.amax(-1)
+        probabilities = torch.softmax(scores, -1)
+        # the largest probability is 1 / sum(exp(score - top)): two passes fewer than logsumexp takes
+        lse = top - probabilities.amax(-1).log_()
+        if empty is not None:
+            spread = _spread(empty, 1)
+            probabilities.masked_fill_(spread[..., None], 0.0)
+            lse.masked_fill_(spread, float("-inf"))
+        return probabilities, lse
 
-    def _kept(self, like: Tensor) -> Tensor:
-        """Return what dropout multiplies probabilities with: 0, or 1 / (1 - p)."""
-        # 16 random bits decide, four elements to a draw: the chance is p to within 2**-17
-        draws = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
-        draws.random_(-(2**63), None, generator=self.generator)
-        threshold = round(self.dropout * 65536) - 32768
-        is_kept = draws.view(torch.int16)[: like.numel()].view(like.shape) >= threshold
-        return is_kept.to(like.dtype) / (1 - self.dropout)
 
-
-def _spread(mask: Tensor) -> Tensor:
-    """Return a mask of 2 or 3 dimensions as 4: ``[T, S]``, blocks ``[X, T, S]`` or heads ``[1, H, T, S]``."""
-    if mask.dim() == 2:
+def _spread(mask: Tensor, last: int) -> Tensor:
+    """Return a mask with the axes of blocks and heads before its last ones: shared, of blocks, or of blocks and heads."""
+    if mask.dim() == last:
         return mask[None, None]
-    return mask if mask.dim() == 4 else mask[:, None]
+    return mask if mask.dim() == last + 2 else mask[:, None]
