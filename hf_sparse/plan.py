@@ -4,16 +4,19 @@ Tiles of different parts are disjoint: a later part gives up the edges of earlie
 O(blocks read).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_sparse.parts import BlockTable, BlockWindow, Globals, Part, Scope, Window, edge_mask
+from hf_sparse.tables import join_blocks, own_blocks, stretches
 from hf_sparse.tiles import KEPT_MASK, Gather, Group, Mask, Plan, Run, Tile
 
 # score elements of one kernel call: bounds the memory of backends that hold scores
 MAX_SCORES = 1 << 21
+# of one call over blocks, whose scores are to stay in the cache where a backend holds them
+BLOCK_SCORES = 1 << 19
 
 
 def make_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] = (), rows: str = "all") -> Plan:
@@ -100,7 +103,12 @@ class _GroupBuilder:
         self.is_full = bool(full)
         if full:
             self.parts = full[:1]
-        self.is_excluded = self.is_invalid if self.is_full else self.is_invalid | self.is_global
+        # causal blocks would need a mask each once they are joined
+        joined = None if self.is_full or self.is_causal else join_blocks(self.parts, self.is_global)
+        self.has_columns = not self.is_full and joined is None
+        if joined is not None:
+            self.parts = [joined]
+        self.is_excluded = self.is_invalid | self.is_global if self.has_columns else self.is_invalid
 
     def build(self, rows: str) -> Group:
         work: list[Tile | Run | Gather] = []
@@ -110,8 +118,9 @@ class _GroupBuilder:
                     work += self._table_work(part, self.parts[:i])
                 else:
                     work += self._window_work(part, self.parts[:i])
-            if not self.is_full:
+            if self.has_columns:
                 work += self._column_tiles(is_first=not self.parts)
+            if not self.is_full:
                 work += self._row_tiles(self.is_global if rows == "all" else self.is_global & ~self.has_own)
         else:
             work += self._row_tiles(self.has_own)
@@ -165,7 +174,7 @@ class _GroupBuilder:
         clean = excluded_before[high.clamp(max=tokens)] == excluded_before[low.clamp(min=0)]
         same = all(isinstance(other, Window) for other in earlier) and block * width <= MAX_SCORES
         shared = (inside & clean).tolist() if same else [False] * len(start)
-        longest = max(1, MAX_SCORES // (block * width))
+        longest = max(1, BLOCK_SCORES // (block * width))
         run_mask: Mask | str | None = "unknown"
         i = 0
         while i < len(shared):
@@ -217,84 +226,58 @@ class _GroupBuilder:
     def _table_work(self, part: BlockTable, earlier: Sequence[Part]) -> Iterator[Gather]:
         per_head = part.table.shape[0] > 1 or any(isinstance(p, BlockTable) and p.table.shape[0] > 1 for p in earlier)
         if not per_head:
-            yield from self._table_rows(part, earlier, part.table[0], tuple(range(len(self.heads))), 0)
+            yield from self._table_rows(part, earlier, tuple(range(len(self.heads))), 0)
             return
         for i, head in enumerate(self.heads):
-            table = part.table[head if part.table.shape[0] > 1 else 0]
-            yield from self._table_rows(part, earlier, table, (i,), head)
+            yield from self._table_rows(part, earlier, (i,), head)
 
     def _table_rows(
-        self, part: BlockTable, earlier: Sequence[Part], table: Tensor, heads: tuple[int, ...], head: int
+        self, part: BlockTable, earlier: Sequence[Part], heads: tuple[int, ...], head: int
     ) -> Iterator[Gather]:
         size, is_first = part.block, not earlier
-        rows = -(-self.n // size)
-        table = table[:rows].clone()
-        table[table >= rows] = -1
-        row = torch.arange(rows)[:, None]
-        if self.is_causal:
-            table[table > row] = -1
-        # whole blocks that an earlier part of the same blocks has are struck out here, so that no mask has to do it
-        for other in earlier:
-            if isinstance(other, BlockWindow) and other.block == size:
-                table[(row - table <= other.before) & (table - row <= other.after)] = -1
-            elif isinstance(other, BlockTable) and other.block == size:
-                held = other.table[head if other.table.shape[0] > 1 else 0, :rows]
-                table[(table[:, :, None] == held[:, None, :]).any(2)] = -1
-        earlier = [o for o in earlier if not (isinstance(o, (BlockWindow, BlockTable)) and o.block == size)]
-        table = table.sort(dim=1, descending=True).values
-        table[:, 1:][table[:, 1:] == table[:, :-1]] = -1
-        table = table.sort(dim=1, descending=True).values
-        table = table[:, : int((table >= 0).sum(1).max())] if table.numel() else table[:, :0]
-        width = table.shape[1] * size
-        if width == 0:
-            return
-        rows_at_once = min(size, max(1, MAX_SCORES // width))
-        if rows_at_once < size or self.n < size:
-            spans = [
-                (a, 1, min(a + rows_at_once, self.n, (a // size + 1) * size) - a)
-                for a in self._starts(rows_at_once, size)
-            ]
-        else:
-            whole = self.n // size
-            step = max(1, MAX_SCORES // (size * width))
-            spans = [(i * size, min(step, whole - i), size) for i in range(0, whole, step)]
-            spans += [(whole * size, 1, self.n - whole * size)] if whole * size < self.n else []
-        for first, blocks, block in spans:
-            entries = table[first // size : first // size + blocks]
-            if not (entries >= 0).any():
-                continue
-            index = (entries[:, :, None] * size + torch.arange(size)).flatten(1)
-            is_real = (entries >= 0)[:, :, None].expand(-1, -1, size).flatten(1) & (index < self.n)
-            index = index.clamp(0, self.n - 1)
-            is_real &= ~self.is_excluded[index]
-            needs_mask = not bool(is_real.all()) or bool(earlier)
-            needs_mask |= self.is_causal and bool((index.amax(1) > first + block * torch.arange(blocks)).any())
-            mask = Mask(self._table_mask(part, earlier, head, first, block, index, is_real)) if needs_mask else None
-            yield Gather(heads, first, block, index, mask, is_first)
+        table, earlier = own_blocks(part, earlier, self.n, head, is_causal=self.is_causal)
+        for start, stop, blocks in stretches(table, self.n, size):
+            width = blocks.shape[1] * size
+            # many blocks of queries at once, or a block in slices where even one is too large
+            step = max(1, BLOCK_SCORES // (size * width))
+            slice_ = min(size, max(1, MAX_SCORES // width))
+            for row in range(start, stop, step if slice_ == size else 1):
+                entries = blocks[row - start : row - start + step] if slice_ == size else blocks[row - start][None]
+                end = min((row + len(entries)) * size, self.n)
+                for first in range(row * size, end, len(entries) * slice_):
+                    block = min(slice_, (end - first) // len(entries))
+                    yield self._gather(heads, head, earlier, entries, size, first, block, is_first)
 
-    def _starts(self, rows: int, size: int) -> Iterator[int]:
-        for block_start in range(0, self.n, size):
-            yield from range(block_start, min(block_start + size, self.n), rows)
-
-    def _table_mask(
+    def _gather(
         self,
-        part: BlockTable,
-        earlier: Sequence[Part],
+        heads: tuple[int, ...],
         head: int,
+        earlier: Sequence[Part],
+        entries: Tensor,
+        size: int,
         first: int,
         block: int,
-        index: Tensor,
-        is_real: Tensor,
-    ) -> Callable[[], Tensor]:
+        is_first: bool,
+    ) -> Gather:
+        """Make the work of consecutive blocks of queries against the blocks of keys ``[blocks, W]``."""
+        positions = (entries[:, :, None] * size + torch.arange(size)).flatten(1)
+        is_real = (entries >= 0)[:, :, None].expand(-1, -1, size).flatten(1) & (positions < self.n)
+        is_whole = bool((positions < self.n).all())
+        positions = positions.clamp(0, self.n - 1)
+        is_real &= ~self.is_excluded[positions]
+        q = first + torch.arange(len(entries) * block).view(-1, block)
+
         def make() -> Tensor:
-            q = (first + torch.arange(index.shape[0] * block)).view(-1, block, 1)
-            k = index[:, None, :]
             mask = is_real[:, None, :].expand(-1, block, -1)
             for other in earlier:
-                mask = mask & ~_on_head(other.allows(q, k), head)
-            return mask & (k <= q) if self.is_causal else mask
+                mask = mask & ~_on_head(other.allows(q[:, :, None], positions[:, None, :]), head)
+            return mask & (positions[:, None, :] <= q[:, :, None]) if self.is_causal else mask
 
-        return make
+        needs_mask = bool(earlier) or not bool(is_real.all())
+        needs_mask |= self.is_causal and bool((positions.amax(1) > q[:, 0]).any())
+        # whole blocks are named by one index each
+        index, unit = (entries.clamp(min=0), size) if is_whole else (positions, 1)
+        return Gather(heads, first, block, index, unit, Mask(make) if needs_mask else None, is_first)
 
     def _column_tiles(self, *, is_first: bool) -> Iterator[Tile]:
         columns = (self.is_global & ~self.is_invalid).nonzero()[:, 0]

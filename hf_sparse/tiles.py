@@ -103,14 +103,15 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """Consecutive blocks of queries, each against keys named by index.
+    """Consecutive blocks of queries, each against blocks of keys named by index.
 
     Attributes:
         heads: heads it serves, counted within its group.
         first: position of the first query.
         block: queries of a block.
-        index: int64 ``[blocks, width]``, positions of the keys; where the mask is False any valid position.
-        mask: bool ``[blocks, block, width]``, or None where every pair is an edge.
+        index: int64 ``[blocks, W]``, which ``unit`` keys, counted in units; where the mask is False any valid index.
+        unit: consecutive keys that one index names.
+        mask: bool ``[blocks, block, W * unit]``, or None where every pair is an edge.
         is_first: as for a tile.
     """
 
@@ -118,6 +119,7 @@ class Gather:
     first: int
     block: int
     index: Tensor
+    unit: int
     mask: Mask | None
     is_first: bool
 
@@ -168,7 +170,7 @@ def _count_group(group: Group, length: int) -> int:
             q, keys, heads = q.view(work.blocks, work.block), work.width, len(group.heads)
         else:
             q = position[work.first : work.first + len(work.index) * work.block].view(len(work.index), work.block)
-            keys, heads = work.index.shape[1], len(work.heads)
+            keys, heads = work.index.shape[1] * work.unit, len(work.heads)
         read = work.mask.boolean().sum(-1) if work.mask is not None else torch.tensor(keys)
         counts = read.expand(q.shape).masked_fill(is_invalid[q], 0)
         if not (isinstance(work, Tile) and work.is_row):

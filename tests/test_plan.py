@@ -40,11 +40,16 @@ def pieces(work: Work, group: Group, n: int) -> Iterator[tuple[tuple[int, ...], 
             q, k = lane[first : first + work.block], lane[first - work.back :][: work.width]
             own = mask
         else:
-            q, k = position[first : first + work.block], work.index[i]
+            q, k = position[first : first + work.block], position_of_keys(work, i)
             own = None if mask is None else mask[i]
         assert len(q) == work.block
         own = torch.ones(len(q), len(k), dtype=torch.bool) if own is None else own
         yield heads, q, k, own.expand(len(heads), -1, -1)
+
+
+def position_of_keys(work: GatherWork, i: int) -> Tensor:
+    """Return the positions of the keys that block ``i`` reads."""
+    return (work.index[i][:, None] * work.unit + torch.arange(work.unit)).flatten()
 
 
 def count_pairs(plan: Plan, n: int) -> Tensor:
@@ -103,6 +108,7 @@ def test_a_plan_in_small_slices_holds_every_edge_once(
 ) -> None:
     # long sequences are cut into slices of limited size; a small limit cuts short ones
     monkeypatch.setattr(plan_module, "MAX_SCORES", 60)
+    monkeypatch.setattr(plan_module, "BLOCK_SCORES", 60)
     check(case, Setting(65, 1, is_causal))
 
 
@@ -114,6 +120,7 @@ def test_a_plan_in_runs_and_slices_holds_every_edge_once(
     n = 331
     # one block of 64 queries against a narrow window still fits
     monkeypatch.setattr(plan_module, "MAX_SCORES", 6000)
+    monkeypatch.setattr(plan_module, "BLOCK_SCORES", 6000)
     scope = Scope(n, HEADS, 1, is_causal)
     counts = count_pairs(make_plan(case.pattern.parts(scope), scope), n)
     assert torch.equal(counts, case.pattern.mask(n, heads=HEADS, layer=1, is_causal=is_causal).long())
@@ -224,7 +231,7 @@ def scores_of(pattern: Pattern, n: int, *, is_causal: bool = False) -> int:
             elif isinstance(work, Run):
                 total += len(group.heads) * work.blocks * work.block * work.width
             else:
-                total += len(work.heads) * work.index.numel() * work.block
+                total += len(work.heads) * work.index.numel() * work.unit * work.block
     return total
 
 
@@ -253,6 +260,7 @@ def test_a_plan_of_a_long_sequence_keeps_no_mask_of_all_pairs() -> None:
     scope = Scope(n, 1)
     for pattern in LONG:
         held = 0
+        masks: dict[int, Tensor] = {}
         for group in make_plan(pattern.parts(scope), scope).groups:
             for work in group.work:
                 tensors = [work.index] if isinstance(work, GatherWork) else []
@@ -260,7 +268,8 @@ def test_a_plan_of_a_long_sequence_keeps_no_mask_of_all_pairs() -> None:
                     tensors += [at for at in (work.q, work.k) if isinstance(at, Tensor)]
                 held += sum(tensor.numel() for tensor in tensors)
                 if isinstance(work, Run) and work.mask is not None:
-                    held += work.mask.boolean().numel()
+                    masks[id(work.mask)] = work.mask.boolean()
+        held += sum(mask.numel() for mask in masks.values())
         # a few positions for each token
         assert held <= 32 * n, pattern
 

@@ -134,7 +134,9 @@ def _lanes(work: Tile | Run | Gather, group: Group, kernel: Kernel, q: Tensor, k
     for row in range(q.shape[0]):
         for i in served:
             head = group.heads[i]
-            yield _Lane(slice(row, row + 1), slice(head, head + 1), slice(head // ratio, head // ratio + 1), slice(i, i + 1))
+            yield _Lane(
+                slice(row, row + 1), slice(head, head + 1), slice(head // ratio, head // ratio + 1), slice(i, i + 1)
+            )
 
 
 def _length(tokens: slice | Tensor, total: int) -> int:
@@ -169,8 +171,15 @@ def _keys(work: Tile | Run | Gather, lane: _Lane, tensor: Tensor) -> Tensor:
 def _blocks_of_keys(work: Run | Gather, tokens: Tensor) -> Tensor:
     """Return the keys of each block ``[blocks, S, ...]`` from all tokens of a lane ``[n, ...]``."""
     if isinstance(work, Gather):
-        return tokens.index_select(0, work.index.flatten().to(tokens.device)).unflatten(0, work.index.shape)
+        held = _units(work, tokens).index_select(0, work.index.flatten().to(tokens.device))
+        return held.flatten(0, 1).unflatten(0, (len(work.index), -1))
     return _windows(work, tokens[work.offset :: work.step], 0, work.width)
+
+
+def _units(work: Gather, tokens: Tensor) -> Tensor:
+    """Return whole units of keys ``[units, unit, ...]``, as a view."""
+    units = len(tokens) // work.unit
+    return tokens[: units * work.unit].unflatten(0, (units, work.unit))
 
 
 def _windows(work: Run, tokens: Tensor, skip: int, width: int) -> Tensor:
@@ -192,7 +201,8 @@ def _add_keys(work: Tile | Run | Gather, lane: _Lane, total: Tensor, grad: Tenso
         return
     tokens = total[lane.rows, lane.key_heads][0, 0]
     if isinstance(work, Gather):
-        tokens.index_add_(0, work.index.flatten().to(total.device), grad[:, 0].flatten(0, 1))
+        units = grad[:, 0].flatten(0, 1).unflatten(0, (-1, work.unit))
+        _units(work, tokens).index_add_(0, work.index.flatten().to(total.device), units)
         return
     tokens = tokens[work.offset :: work.step]
     for skip in range(0, work.width, work.block):
