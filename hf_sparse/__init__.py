@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.attention import sparse_attention
+from hf_sparse.choice import explain
 from hf_sparse.errors import ConversionError, HfSparseError, UnsupportedModelError
 from hf_sparse.integration.auto import register_configs
 from hf_sparse.integration.register import register_attention
@@ -95,6 +96,7 @@ __all__ = [
     "UnsupportedModelError",
     "by_head",
     "convert",
+    "explain",
     "pattern",
     "pattern_from_dict",
     "sparse_attention",

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.backends.dense import dense_attention, draw_edges
+from hf_sparse.backends.dense import dense_attention, draw_edges, every_pair_attention
 from hf_sparse.backends.gather import gather_attention
+from hf_sparse.choice import choose_backend
+from hf_sparse.parts import Scope
 from hf_sparse.patterns import GlobalTokens, Longformer, Pattern
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
-
-BACKENDS = ("auto", "dense", "gather")
 
 
 def sparse_attention(
@@ -67,8 +67,8 @@ def sparse_attention(
         sinks: float ``[H]``, a score of each head that gives nothing. Backend "dense" alone serves it.
         head_offset: index of the first head held here, for tensor or sequence parallel ranks.
         num_heads: heads of the whole layer, where others hold some; BigBird's published draw depends on it.
-        backend: "gather" (blocks, any device), "dense" (a mask of T x S) or "auto" (dense where the scores need what only
-            dense serves, else gather).
+        backend: "gather" (blocks, any device), "dense" (a mask of T x S) or "auto" (the fastest that serves the call; see
+            ``explain``).
         return_lse: whether to return the logsumexp as well.
 
     Returns:
@@ -79,6 +79,69 @@ def sparse_attention(
             the pattern.
         TypeError: if a dtype is wrong or ``pattern`` is no pattern.
     """
+    num_heads = _checked_heads(query, key, value, pattern, dropout, layer, head_offset, num_heads)
+    _check_masks(key, pattern, key_padding_mask, global_mask, document_ids)
+    if key_padding_mask is not None and _is_all_real(key_padding_mask):
+        key_padding_mask = None
+    only_dense = {"bias": bias, "softcap": softcap, "sinks": sinks}
+    others = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, state)
+    choice = choose_backend(
+        backend,
+        pattern,
+        Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads),
+        query.device,
+        only_dense=tuple(name for name, given in only_dense.items() if given is not None),
+        is_plain=query.shape[2] == key.shape[2] and not return_lse and all(other is None for other in others),
+        dropout=dropout,
+    )
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    if choice.backend == "sdpa":
+        return every_pair_attention(query, key, value, is_causal=is_causal, scale=scale, dropout=dropout)
+    held = None if pattern.reads_padding else key_padding_mask
+    positions = _positions(query, key, held, document_ids, query_positions, key_positions)
+    masks = (key_padding_mask, global_mask, document_ids, *positions)
+    settings: dict[str, Any] = {
+        "pattern": pattern.json,
+        "layer": layer,
+        "is_causal": is_causal,
+        "head_offset": head_offset,
+        "num_heads": num_heads,
+    }
+
+    def run(q: Tensor, k: Tensor, v: Tensor, rows: str) -> tuple[Tensor, Tensor]:
+        # drawn on the CPU from the global generator, so that checkpointing repeats it
+        seed = torch.randint(0, 2**62, (1,)) if dropout else None
+        if choice.backend == "dense":
+            drawn = draw_edges(q, k, *masks, **settings, rows=rows)
+            return dense_attention(q, k, v, drawn, seed, scale=scale, dropout=dropout, **only_dense)
+        may_be_whole = backend == "auto"
+        return gather_attention(
+            q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows, may_be_whole=may_be_whole
+        )
+
+    if state is None:
+        out, lse = run(query, key, value, "all")
+    else:
+        out, lse = _with_global_projections(run, query, key, value, pattern, state, hidden_states, global_mask)
+    return (out, lse) if return_lse else out
+
+
+def _is_all_real(mask: Tensor) -> bool:
+    """Say whether a mask may be left away; looked at only where looking neither waits for a device nor breaks a graph."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def _checked_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    dropout: float,
+    layer: int,
+    head_offset: int,
+    num_heads: int | None,
+) -> int:
+    """Check what is no mask, and return the heads of the whole layer."""
     check_attention_inputs(query, key, value)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a pattern such as hf_sparse.pattern('band'), got {pattern!r}")
@@ -93,6 +156,16 @@ def sparse_attention(
             raise ValueError(f"{name} must be at least {least}, got {number}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    return num_heads
+
+
+def _check_masks(
+    key: Tensor,
+    pattern: Pattern,
+    key_padding_mask: Tensor | None,
+    global_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> None:
     batch, tokens = key.shape[0], key.shape[2]
     for name, mask in (("key_padding_mask", key_padding_mask), ("global_mask", global_mask)):
         if mask is not None:
@@ -100,40 +173,6 @@ def sparse_attention(
     if document_ids is not None:
         check_token_mask(document_ids, "document_ids", batch=batch, tokens=tokens, is_boolean=False)
     check_global_mask_means_something(pattern, global_mask)
-    backend = _choose_backend(backend, bias=bias, softcap=softcap, sinks=sinks)
-    positions = _positions(
-        query,
-        key,
-        None if pattern.reads_padding else key_padding_mask,
-        document_ids,
-        query_positions,
-        key_positions,
-    )
-    masks = (key_padding_mask, global_mask, document_ids, *positions)
-    settings: dict[str, Any] = {
-        "pattern": pattern.json,
-        "layer": layer,
-        "is_causal": is_causal,
-        "head_offset": head_offset,
-        "num_heads": num_heads,
-    }
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, rows: str) -> tuple[Tensor, Tensor]:
-        if backend == "dense":
-            drawn = draw_edges(q, k, *masks, **settings, rows=rows)
-            return dense_attention(
-                q, k, v, drawn, scale=scale, dropout=dropout, bias=bias, softcap=softcap, sinks=sinks
-            )
-        # drawn on the CPU from the global generator, so that checkpointing repeats it
-        seed = torch.randint(0, 2**62, (1,)) if dropout else None
-        return gather_attention(q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows)
-
-    if state is None:
-        out, lse = run(query, key, value, "all")
-    else:
-        out, lse = _with_global_projections(run, query, key, value, pattern, state, hidden_states, global_mask)
-    return (out, lse) if return_lse else out
 
 
 def check_global_mask_means_something(pattern: Pattern, global_mask: Tensor | None) -> None:
@@ -147,17 +186,6 @@ def check_global_mask_means_something(pattern: Pattern, global_mask: Tensor | No
             f"a global mask was given, but pattern {pattern.key!r} has no global tokens; "
             f"use a union such as pattern | hf_sparse.pattern('global')"
         )
-
-
-def _choose_backend(backend: str, **only_dense: Tensor | float | None) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    wanted = [name for name, value in only_dense.items() if value is not None]
-    if backend == "gather" and wanted:
-        raise ValueError(f"backend 'gather' does not serve {', '.join(wanted)}; pass backend='dense'")
-    if backend == "auto":
-        return "dense" if wanted else "gather"
-    return backend
 
 
 def _positions(

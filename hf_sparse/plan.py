@@ -4,6 +4,7 @@ Tiles of different parts are disjoint: a later part gives up the edges of earlie
 O(blocks read).
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,15 +33,72 @@ def make_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] =
     Returns:
         The plan. Tiles of different parts are disjoint: a later part gives up the edges of earlier ones.
     """
+    groups = [_GroupBuilder(held, heads, scope, invalid).build(rows) for held, heads in _by_parts(parts, scope.heads)]
+    return Plan(scope.length, tuple(groups))
+
+
+def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] = (), rows: str = "all") -> Plan:
+    """Put a short sequence into one tile under its whole mask, or under none where every pair is an edge.
+
+    Arguments as for ``make_plan``.
+    """
+    position = torch.arange(scope.length)
+    is_real = torch.ones(scope.length, dtype=torch.bool)
+    is_real[list(invalid)] = False
+    nothing = torch.empty(0, dtype=torch.int64)
+    everything = slice(0, scope.length)
+    groups = []
+    for held, heads in _by_parts(parts, scope.heads):
+        differ = any(isinstance(part, BlockTable) and part.table.shape[0] > 1 for part in held)
+        drawn = edge_mask(
+            tuple(parts) if differ else tuple(dataclasses.replace(part, heads=None) for part in held),
+            position[:, None],
+            position[None, :],
+            heads=scope.heads if differ else 1,
+            is_causal=scope.is_causal,
+            rows=rows,
+        )
+        drawn = drawn[list(heads)][None] if differ else drawn[0]
+        drawn &= is_real[:, None] & is_real
+        mask = None if bool(drawn.all()) else Mask(lambda drawn=drawn: drawn, keep=drawn.numel())  # type: ignore[misc]
+        groups.append(Group(heads, (Tile(everything, everything, mask, True),), nothing, nothing))
+    return Plan(scope.length, tuple(groups))
+
+
+# the longest sequence that may run whole, and what was measured on two CPU cores for the ratio of the costs: a score of a small
+# tile against one of a whole sequence, and a call, in scores
+MOST_WHOLE = 1024
+_SCORE_COST, _CALL_COST = 1.25, 30_000
+
+
+def is_faster_whole(plan: Plan, heads: int) -> bool:
+    """Say whether a sequence runs faster in one tile than in the tiles of a plan."""
+    if plan.length > MOST_WHOLE:
+        return False
+    scores, calls = plan.count_work()
+    return heads * plan.length**2 < _SCORE_COST * scores + _CALL_COST * calls
+
+
+def covers_all(part: Part, scope: Scope) -> bool:
+    """Say whether a part alone allows every pair (if causal, every pair that causality leaves)."""
+    last = scope.length - 1
+    if isinstance(part, Window):
+        behind = part.before is None or part.before >= last
+        ahead = scope.is_causal or part.after is None or part.after >= last
+        return part.dilation == 1 and behind and ahead
+    if isinstance(part, BlockWindow):
+        last_block = last // part.block
+        return part.before >= last_block and (scope.is_causal or part.after >= last_block)
+    return False
+
+
+def _by_parts(parts: Sequence[Part], heads: int) -> list[tuple[list[Part], tuple[int, ...]]]:
+    """Return the parts that heads share, and the heads."""
     by_parts: dict[tuple[int, ...], list[int]] = {}
-    for head in range(scope.heads):
+    for head in range(heads):
         held = tuple(i for i, part in enumerate(parts) if part.heads is None or head in part.heads)
         by_parts.setdefault(held, []).append(head)
-    groups = []
-    for held, heads in by_parts.items():
-        builder = _GroupBuilder([parts[i] for i in held], tuple(heads), scope, invalid)
-        groups.append(builder.build(rows))
-    return Plan(scope.length, tuple(groups))
+    return [([parts[i] for i in held], tuple(of_held)) for held, of_held in by_parts.items()]
 
 
 def make_positional_plan(
@@ -99,7 +157,7 @@ class _GroupBuilder:
         # windows come first: what they cover is known from the distance alone, so blocks after them keep one mask
         order: list[type[Part]] = [Window, BlockWindow, BlockTable]
         self.parts = sorted((p for p in parts if not isinstance(p, Globals)), key=lambda p: order.index(type(p)))
-        full = [part for part in self.parts if self._covers_all(part)]
+        full = [part for part in self.parts if covers_all(part, scope)]
         self.is_full = bool(full)
         if full:
             self.parts = full[:1]
@@ -126,17 +184,6 @@ class _GroupBuilder:
             work += self._row_tiles(self.has_own)
         overwritten = torch.zeros_like(self.is_global) if self.is_full else self.is_global
         return Group(self.heads, tuple(work), overwritten.nonzero()[:, 0], self.is_invalid.nonzero()[:, 0])
-
-    def _covers_all(self, part: Part) -> bool:
-        last = self.n - 1
-        if isinstance(part, Window):
-            behind = part.before is None or part.before >= last
-            ahead = self.is_causal or part.after is None or part.after >= last
-            return part.dilation == 1 and behind and ahead
-        if isinstance(part, BlockWindow):
-            last_block = last // part.block
-            return part.before >= last_block and (self.is_causal or part.after >= last_block)
-        return False
 
     def _rule(self, part: Part, earlier: Sequence[Part], q: Tensor, k: Tensor, head: int = 0) -> Tensor:
         """Return bool ``[..., T, S]``: edges of this part that no earlier part has; q ``[..., T]``, k ``[..., S]``."""

@@ -81,6 +81,11 @@ class Tile:
     is_first: bool
     is_row: bool = False
 
+    def scores(self, length: int) -> int:
+        """Return the scores computed for one head in a sequence of ``length`` tokens."""
+        counts = [len(range(length)[at]) if isinstance(at, slice) else len(at) for at in (self.q, self.k)]
+        return counts[0] * counts[1]
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -99,6 +104,10 @@ class Run:
     width: int
     mask: Mask | None
     is_first: bool
+
+    def scores(self, _length: int) -> int:
+        """Return the scores computed for one head."""
+        return self.blocks * self.block * self.width
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +131,10 @@ class Gather:
     unit: int
     mask: Mask | None
     is_first: bool
+
+    def scores(self, _length: int) -> int:
+        """Return the scores computed for one head."""
+        return self.block * self.index.numel() * self.unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +160,25 @@ class Plan:
 
     length: int
     groups: tuple[Group, ...] = field(default=())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each group of heads runs in one tile over all pairs."""
+        everything = slice(0, self.length)
+        works = [work for group in self.groups for work in group.work]
+        return len(works) == len(self.groups) and all(
+            isinstance(work, Tile) and (work.q, work.k) == (everything, everything) for work in works
+        )
+
+    def count_work(self) -> tuple[int, int]:
+        """Return how many scores are computed for one row, and about how many kernel calls that takes."""
+        scores = calls = 0
+        for group in self.groups:
+            for work in group.work:
+                heads = work.heads if isinstance(work, Gather) else group.heads
+                scores += len(heads) * work.scores(self.length)
+                calls += 1 if isinstance(work, Tile) else len(heads)
+        return scores, calls
 
     def count_edges(self) -> int:
         """Return the number of edges over all heads, each once."""

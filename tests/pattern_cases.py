@@ -15,7 +15,7 @@ from tests.support import rules
 from tests.support.rules import Rule
 
 HEADS = 4
-BACKENDS = ("dense", "gather")
+BACKENDS = ("dense", "gather", "auto")
 
 
 @dataclass(frozen=True)

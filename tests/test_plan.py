@@ -222,17 +222,7 @@ def test_a_plan_of_positions_holds_the_edges_between_them(case: Case, is_causal:
 def scores_of(pattern: Pattern, n: int, *, is_causal: bool = False) -> int:
     """Return how many scores a plan computes over two heads, without making its masks."""
     scope = Scope(n, 2, 0, is_causal)
-    total = 0
-    for group in make_plan(pattern.parts(scope), scope).groups:
-        for work in group.work:
-            if isinstance(work, Tile):
-                q, k = (len(range(n)[at]) if isinstance(at, slice) else len(at) for at in (work.q, work.k))
-                total += len(group.heads) * q * k
-            elif isinstance(work, Run):
-                total += len(group.heads) * work.blocks * work.block * work.width
-            else:
-                total += len(work.heads) * work.index.numel() * work.unit * work.block
-    return total
+    return make_plan(pattern.parts(scope), scope).count_work()[0]
 
 
 LONG = [

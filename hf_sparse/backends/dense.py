@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_sparse.backends.dropout import draw_words, mix, threshold
 from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope, edge_mask, with_global_positions
 from hf_sparse.patterns import pattern_from_json
@@ -75,6 +76,7 @@ def dense_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
+    seed: Tensor | None,
     *,
     scale: float,
     dropout: float = 0.0,
@@ -89,6 +91,7 @@ def dense_attention(
         key: float ``[B, G, S, D]``.
         value: float ``[B, G, S, Dv]``.
         mask: bool, broadcastable to ``[B, H, T, S]``; True where the query reads the key.
+        seed: int64 ``[1]``, of the dropout; None without dropout.
         scale: factor of the scores.
         dropout: probability of dropping an attention probability.
         bias: float, broadcastable to ``[B, H, T, S]``, added to the scaled (and capped) scores.
@@ -116,5 +119,24 @@ def dense_attention(
     probabilities = (scores - lse).exp().masked_fill(is_empty, 0.0)
     if sinks is not None:
         probabilities = probabilities[..., :-1]
-    out = torch.nn.functional.dropout(probabilities, dropout) @ v
+    if seed is not None:
+        words = draw_words(seed, *query.shape[:3], key.shape[2], query.device)
+        is_kept = mix(words[0][..., None], words[1]) < threshold(dropout)
+        probabilities = probabilities * is_kept / (1 - dropout)
+    out = probabilities @ v
     return out.to(query.dtype), lse.masked_fill(is_empty, float("-inf"))[..., 0]
+
+
+def every_pair_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float, dropout: float
+) -> Tensor:
+    """Return torch's own dense attention, in the dtype given: for patterns that allow every pair."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

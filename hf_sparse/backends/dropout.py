@@ -4,8 +4,6 @@ What is dropped does not depend on how the work is cut into tiles, nor on their 
 backward and every backend drop the same pairs without keeping a mask.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -14,21 +12,11 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-@dataclass(frozen=True)
-class Words:
-    """Random words of queries and keys; the mixed sum of two decides about a pair.
-
-    Attributes:
-        query: int32 ``[B, H, T]``.
-        key: int32 ``[S]``.
-    """
-
-    query: Tensor
-    key: Tensor
-
-
-def draw_words(seed: Tensor, batch: int, heads: int, tokens: int, keys: int, device: torch.device) -> Words:
-    """Draw the words of one call.
+@torch.library.custom_op("hf_sparse::draw_words", mutates_args=())
+def draw_words(
+    seed: Tensor, batch: int, heads: int, tokens: int, keys: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Draw the random words of one call; the mixed sum of a query's and a key's decides about the pair.
 
     Args:
         seed: int64 ``[1]``.
@@ -37,12 +25,24 @@ def draw_words(seed: Tensor, batch: int, heads: int, tokens: int, keys: int, dev
         tokens: queries.
         keys: keys.
         device: where the words are needed. They are drawn on the CPU, so that a seed means the same everywhere.
+
+    Returns:
+        int32 words of the queries ``[batch, heads, tokens]`` and of the keys ``[keys]``.
     """
     generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(batch * heads * tokens + keys, dtype=torch.int32)
-    words.random_(-(1 << 31), 1 << 31, generator=generator)
-    words = words.to(device)
-    return Words(words[: batch * heads * tokens].view(batch, heads, tokens), words[batch * heads * tokens :])
+    shapes = (batch, heads, tokens), (keys,)
+    query, key = (
+        torch.empty(shape, dtype=torch.int32).random_(-(1 << 31), 1 << 31, generator=generator) for shape in shapes
+    )
+    return query.to(device), key.to(device)
+
+
+@draw_words.register_fake
+def _(seed, batch, heads, tokens, keys, device):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty(batch, heads, tokens, dtype=torch.int32, device=device),
+        torch.empty(keys, dtype=torch.int32, device=device),
+    )
 
 
 def threshold(dropout: float) -> int:

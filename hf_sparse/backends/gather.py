@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_sparse.backends.dropout import Words, draw_words
-from hf_sparse.backends.execute import HUGE, run_backward, run_forward
+from hf_sparse.backends.dropout import draw_words
+from hf_sparse.backends.execute import HUGE, Words, run_backward, run_forward
 from hf_sparse.backends.kernels import Kernel, without_autocast
 from hf_sparse.parts import Scope, with_global_positions
-from hf_sparse.patterns import Pattern, pattern_from_json
-from hf_sparse.plan import make_plan, make_positional_plan
+from hf_sparse.patterns import Pattern, parts_of, pattern_from_json
+from hf_sparse.plan import is_faster_whole, make_plan, make_positional_plan, make_whole_plan
 from hf_sparse.segments import find_segments, logical_length
-from hf_sparse.tiles import Plan
+from hf_sparse.tiles import Plan, Tile
 
 
 @torch.library.custom_op("hf_sparse::gather", mutates_args=())
@@ -41,6 +41,7 @@ def gather_attention(
     head_offset: int,
     num_heads: int,
     rows: str,
+    may_be_whole: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run a pattern.
 
@@ -62,20 +63,27 @@ def gather_attention(
         head_offset: index of the first head held here.
         num_heads: heads of the whole layer.
         rows: "all" rows, "shared" ones or those of "own" projections; see ``make_plan``.
+        may_be_whole: whether a short sequence may run in one tile under its whole mask, where that is faster.
 
     Returns:
         Output ``[B, H, T, Dv]`` in the dtype of the query, and logsumexp ``[B, H, T]`` in float32 (float64 for float64).
     """
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (_readable(t, exact) for t in (query, key, value))
-    out = q.new_zeros(*query.shape[:3], value.shape[3])
-    lse = q.new_full(query.shape[:3], float("-inf"))
-    call = _Call(pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows)
+    call = _Call(
+        pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
+    )
     kernel, words = call.kernel(q, v, scale, dropout), call.words(q, k, seed)
-    masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions)
-    for batch, q_tokens, k_tokens, plan in call.plans(query, key, *masks):
+    plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
+    single = _single(plans, kernel, q, k)
+    if single is not None:
+        out, lse = kernel.forward(q, k, v, single.mask, None)
+        return out.to(query.dtype), lse.contiguous()
+    out = _by_token(q, value.shape[3]).zero_()
+    lse = q.new_full(query.shape[:3], float("-inf"))
+    for batch, q_tokens, k_tokens, plan in plans:
         held = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
-        drawn = None if words is None else (words.query[batch, :, q_tokens], words.key[k_tokens])
+        drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         run_forward(plan, kernel, *held, drawn, out[batch, :, q_tokens], lse[batch, :, q_tokens])
     return out.to(query.dtype), lse
 
@@ -83,7 +91,7 @@ def gather_attention(
 @gather_attention.register_fake
 def _(query, key, value, *_args):  # type: ignore[no-untyped-def]
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=exact)
+    return _by_token(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=exact)
 
 
 @torch.library.custom_op("hf_sparse::gather_backward", mutates_args=())
@@ -110,18 +118,25 @@ def _gather_backward(
     head_offset: int,
     num_heads: int,
     rows: str,
+    may_be_whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v, g, o = (_readable(t, exact) for t in (query, key, value, grad_out, out))
     # a query that reads nothing has no gradient
     top = lse.masked_fill(lse == float("-inf"), HUGE)
-    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    call = _Call(pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows)
+    call = _Call(
+        pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
+    )
     kernel, words = call.kernel(q, v, scale, dropout, has_grad_lse=grad_lse is not None), call.words(q, k, seed)
-    masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions)
-    for batch, q_tokens, k_tokens, plan in call.plans(query, key, *masks):
+    plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
+    single = _single(plans, kernel, q, k)
+    if single is not None:
+        dq, dk, dv = kernel.backward(g, q, k, v, single.mask, None, o, top, None)
+        return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+    grads = [_by_token(t, t.shape[3]).zero_() for t in (q, k, v)]
+    for batch, q_tokens, k_tokens, plan in plans:
         inputs = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
-        drawn = None if words is None else (words.query[batch, :, q_tokens], words.key[k_tokens])
+        drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         held = g[batch, :, q_tokens], o[batch, :, q_tokens], top[batch, :, q_tokens]
         held_lse = None if grad_lse is None else grad_lse[batch, :, q_tokens]
         sums = grads[0][batch, :, q_tokens], grads[1][batch, :, k_tokens], grads[2][batch, :, k_tokens]
@@ -132,7 +147,7 @@ def _gather_backward(
 
 @_gather_backward.register_fake
 def _(_grad_out, _grad_lse, query, key, value, *_args):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    return tuple(_by_token(t, t.shape[3]) for t in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -154,20 +169,36 @@ gather_attention.register_autograd(_autograd_backward, setup_context=_setup_cont
 
 @functools.lru_cache(maxsize=64)
 def cached_plan(
-    pattern: Pattern, scope: Scope, global_positions: tuple[int, ...] | None, invalid: tuple[int, ...], rows: str
+    pattern: Pattern,
+    scope: Scope,
+    global_positions: tuple[int, ...] | None,
+    invalid: tuple[int, ...],
+    rows: str,
+    may_be_whole: bool,
 ) -> Plan:
     """Return the plan of a pattern on one sequence; equal calls get the same object."""
-    parts = with_global_positions(pattern.parts(scope), global_positions)
-    return make_plan(parts, scope, invalid=invalid, rows=rows)
+    parts = with_global_positions(parts_of(pattern, scope), global_positions)
+    plan = make_plan(parts, scope, invalid=invalid, rows=rows)
+    if may_be_whole and is_faster_whole(plan, scope.heads):
+        return make_whole_plan(parts, scope, invalid=invalid, rows=rows)
+    return plan
 
 
 class _Call:
     """What stays the same over the sequences of one call."""
 
     def __init__(
-        self, pattern: Pattern, layer: int, is_causal: bool, heads: int, head_offset: int, num_heads: int, rows: str
+        self,
+        pattern: Pattern,
+        layer: int,
+        is_causal: bool,
+        heads: int,
+        head_offset: int,
+        num_heads: int,
+        rows: str,
+        may_be_whole: bool,
     ) -> None:
-        self.pattern, self.is_causal, self.rows = pattern, is_causal, rows
+        self.pattern, self.is_causal, self.rows, self.may_be_whole = pattern, is_causal, rows, may_be_whole
         self.heads, self.head_offset, self.num_heads = heads, head_offset, num_heads
         self.layer = layer if pattern.varies_by_layer else 0
 
@@ -199,7 +230,7 @@ class _Call:
                 held = None if global_mask is None else tuple(positions[1][global_mask[row].cpu()].tolist())
                 length = logical_length(positions[1], real, reads_padding=self.pattern.reads_padding)
                 scope = self._scope(length)
-                parts = with_global_positions(self.pattern.parts(scope), held)
+                parts = with_global_positions(parts_of(self.pattern, scope), held)
                 plan = make_positional_plan(parts, scope, *positions, real, rows=self.rows)
                 yield slice(row, row + 1), slice(None), slice(None), plan
             return
@@ -218,13 +249,33 @@ class _Call:
             while last + 1 < len(segments) and segments[last + 1].is_like(segment, segments[last].row + 1):
                 last += 1
             scope = self._scope(segment.stop - segment.start)
-            plan = cached_plan(self.pattern, scope, segment.global_positions, segment.invalid, self.rows)
+            plan = cached_plan(
+                self.pattern, scope, segment.global_positions, segment.invalid, self.rows, self.may_be_whole
+            )
             at = slice(segment.start, segment.stop)
             yield slice(segment.row, segments[last].row + 1), at, at, plan
             first = last + 1
 
     def _scope(self, length: int) -> Scope:
         return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads)
+
+
+def _single(plans: list[tuple[slice, slice, slice, Plan]], kernel: Kernel, query: Tensor, key: Tensor) -> Tile | None:
+    """Return the tile that is the whole call, if one is and the fused kernel runs it: its results need no merging."""
+    if len(plans) != 1 or not kernel.is_fused or query.shape[1] != key.shape[1]:
+        return None
+    batch, tokens, _, plan = plans[0]
+    is_all = (batch, tokens) == (slice(0, query.shape[0]), slice(0, query.shape[2]))
+    if not is_all or len(plan.groups) != 1 or not plan.is_whole or len(plan.groups[0].invalid):
+        return None
+    (work,) = plan.groups[0].work
+    return work if isinstance(work, Tile) else None
+
+
+def _by_token(like: Tensor, width: int) -> Tensor:
+    """Return an empty ``[B, H, T, width]`` laid out as ``[B, T, H, width]``, which transformers reads and torch writes."""
+    batch, heads, tokens = like.shape[:3]
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ import functools
 import json
 from typing import Any
 
+from hf_sparse.parts import Part, Scope
 from hf_sparse.patterns.band import Band
 from hf_sparse.patterns.bigbird import BigBird
 from hf_sparse.patterns.block_local import BlockLocal
@@ -71,9 +72,16 @@ def pattern_from_dict(d: dict[str, Any]) -> Pattern:
 
 
 @functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def pattern_from_json(text: str) -> Pattern:
     """Return the pattern whose ``json`` this is."""
     return pattern_from_dict(json.loads(text))
+
+
+@functools.lru_cache(maxsize=64)
+def parts_of(pattern: Pattern, scope: Scope) -> tuple[Part, ...]:
+    """Return ``pattern.parts(scope)``; equal calls get the same objects."""
+    return pattern.parts(scope)
 
 
 def _build(cls: type[Pattern], fields: dict[str, Any]) -> Pattern:
@@ -102,6 +110,7 @@ __all__ = [
     "Strided",
     "Union",
     "by_head",
+    "parts_of",
     "pattern",
     "pattern_from_dict",
     "pattern_from_json",

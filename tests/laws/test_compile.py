@@ -115,7 +115,9 @@ def test_a_compiled_call_draws_dropout_anew() -> None:
     assert torch.equal(first, compiled(*tensors))
 
 
-def gather_arguments(*, has_masks: bool, dropout: float, is_half: bool = False) -> tuple[Any, ...]:
+def gather_arguments(
+    *, has_masks: bool, dropout: float, is_half: bool = False, may_be_whole: bool = False
+) -> tuple[Any, ...]:
     """Return the arguments of the operator."""
     tensors = random_tensors(batch=2, tokens=20, key_heads=2, width=WIDTH, value_width=3)
     leaves = [tensor.to(torch.bfloat16 if is_half else torch.float64).requires_grad_() for tensor in tensors]
@@ -125,15 +127,17 @@ def gather_arguments(*, has_masks: bool, dropout: float, is_half: bool = False) 
         masks[1] = torch.zeros(2, 20, dtype=torch.bool).index_fill(1, torch.tensor([4]), True)
     seed = torch.tensor([5]) if dropout else None
     pattern = case_of("longformer").pattern.json
-    return (*leaves, *masks, seed, pattern, 0, True, 0.5, dropout, 0, HEADS, "all")
+    return (*leaves, *masks, seed, pattern, 0, True, 0.5, dropout, 0, HEADS, "all", may_be_whole)
 
 
 @pytest.mark.parametrize(
-    ("has_masks", "dropout", "is_half"),
-    [(False, 0.0, False), (True, 0.2, True)],
+    ("has_masks", "dropout", "is_half", "may_be_whole"),
+    [(False, 0.0, False, False), (False, 0.0, True, True), (True, 0.2, True, True)],
 )
-def test_the_gather_operator_is_declared_as_it_behaves(has_masks: bool, dropout: float, is_half: bool) -> None:
-    arguments = gather_arguments(has_masks=has_masks, dropout=dropout, is_half=is_half)
+def test_the_gather_operator_is_declared_as_it_behaves(
+    has_masks: bool, dropout: float, is_half: bool, may_be_whole: bool
+) -> None:
+    arguments = gather_arguments(has_masks=has_masks, dropout=dropout, is_half=is_half, may_be_whole=may_be_whole)
     torch.library.opcheck(gather_attention, arguments)
     out, lse = gather_attention(*arguments)
     backward = torch.ops.hf_sparse.gather_backward.default

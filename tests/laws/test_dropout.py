@@ -95,6 +95,12 @@ def test_checkpointing_repeats_the_draw(case: Case, use_reentrant: bool, backend
         assert torch.equal(actual, wanted)
 
 
+@some_cases
+def test_every_backend_drops_the_same_pairs(case: Case) -> None:
+    first, *others = (read_off(case, 0.3, backend) for backend in BACKENDS)
+    assert all(torch.equal(first, other) for other in others)
+
+
 @both_backends
 @pytest.mark.parametrize("p", [0.1, 0.9])
 @some_cases

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import hf_sparse
 from tests.pattern_cases import (
     BACKENDS,
     CASES,
@@ -192,15 +191,3 @@ def test_backends_agree_at_a_length_of_many_blocks(case: Case, is_causal: bool) 
     gather = with_gradients(functools.partial(attend, backend="gather"), tensors)
     for actual, wanted in zip(gather, dense, strict=True):
         assert_same_maths(actual, wanted, terms=600 + 8)
-
-
-def test_auto_serves_plain_calls_with_gather() -> None:
-    # dropout tells them apart: the backends draw it differently
-    tensors = random_tensors(tokens=100, width=WIDTH)
-    pattern = hf_sparse.pattern("band", radius=2)
-    results = {}
-    for backend in ("auto", "gather", "dense"):
-        torch.manual_seed(0)
-        results[backend] = attention(pattern, dropout=0.5, backend=backend)(*tensors)
-    assert torch.equal(results["auto"], results["gather"])
-    assert not torch.equal(results["auto"], results["dense"])

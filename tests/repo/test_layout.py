@@ -19,9 +19,11 @@ FLOORS = {
     "hf_sparse.parts": 1,
     "hf_sparse.segments": 1,
     "hf_sparse.plan": 1,
+    "hf_sparse.tables": 1,
     "hf_sparse.tiles": 1,
     "hf_sparse.patterns": 2,
     "hf_sparse.backends": 3,
+    "hf_sparse.choice": 4,
     "hf_sparse.attention": 4,
     "hf_sparse.integration": 5,
     # What the command lines of the floors above share.
@@ -36,7 +38,7 @@ FLOORS = {
 # hf_sparse.convert is public and lives two doors up: its import waits for the call.
 LATE_ARROWS = {("hf_sparse", "hf_sparse.conversion")}
 # Modules of backends/ that backends stand on. Any other module there is a backend, and no other backend's business.
-BENEATH_BACKENDS = {"kernels"}
+BENEATH_BACKENDS = {"dropout", "execute", "kernels"}
 KNOWS_TRANSFORMERS = {
     "hf_sparse.integration",
     "hf_sparse.conversion",

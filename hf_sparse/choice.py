@@ -1,0 +1,126 @@
+"""Which backend runs a call: what was asked for, if it can serve, else what is fastest for the shape and the device."""
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from hf_sparse.backends.gather import cached_plan
+from hf_sparse.parts import Scope
+from hf_sparse.patterns import Pattern, parts_of
+from hf_sparse.plan import covers_all
+
+BACKENDS = ("auto", "dense", "gather")
+logger = logging.getLogger("hf_sparse")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a call.
+
+    Attributes:
+        backend: "gather", "dense", or "sdpa": torch's dense attention as it is, where the pattern allows every pair.
+        reason: why, in a few words.
+    """
+
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason}"
+
+
+def explain(
+    pattern: Pattern,
+    n: int,
+    *,
+    heads: int = 1,
+    layer: int = 0,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    device: str | torch.device = "cpu",
+) -> Choice:
+    """Say what ``backend="auto"`` runs for a sequence without padding.
+
+    What a call chose is logged at the debug level of the logger "hf_sparse".
+
+    Args:
+        pattern: who reads whom.
+        n: tokens, at least 1.
+        heads: query heads, at least 1.
+        layer: index of the layer, at least 0.
+        is_causal: whether keys ahead of the query are left out.
+        dropout: probability of dropping an attention probability.
+        device: where the tensors are.
+
+    Returns:
+        The backend and the reason; printed, it is one line.
+
+    Raises:
+        ValueError: if ``n`` or ``heads`` is below 1.
+    """
+    if n < 1 or heads < 1:
+        raise ValueError(f"n and heads must be at least 1, got n={n}, heads={heads}")
+    scope = Scope(n, heads, layer, is_causal)
+    choice = choose_backend("auto", pattern, scope, torch.device(device), is_plain=True, dropout=dropout)
+    if choice.backend != "gather":
+        return choice
+    plan = cached_plan(pattern, scope, None, (), "all", True)
+    scores, calls = plan.count_work()
+    if plan.is_whole:
+        return Choice(
+            "gather", f"one call over {n} x {n} pairs under the pattern's mask, faster than blocks at this length"
+        )
+    return Choice("gather", f"{calls} calls over blocks that compute {scores / (heads * n * n):.2%} of all pairs")
+
+
+def choose_backend(
+    asked: str,
+    pattern: Pattern,
+    scope: Scope,
+    device: torch.device,
+    *,
+    only_dense: tuple[str, ...] = (),
+    is_plain: bool,
+    dropout: float,
+) -> Choice:
+    """Choose what runs a call.
+
+    Args:
+        asked: one of ``BACKENDS``.
+        pattern: who reads whom.
+        scope: of a sequence as long as the keys.
+        device: where the tensors are.
+        only_dense: names of the arguments given that only "dense" serves.
+        is_plain: whether there is nothing but query, key and value of one length: no masks, positions or weights of the
+            pattern, and no logsumexp wanted.
+        dropout: probability of dropping an attention probability.
+
+    Raises:
+        ValueError: if the backend is unknown or cannot serve the call.
+    """
+    if asked not in BACKENDS:
+        raise ValueError(f"unknown backend {asked!r}; known: {', '.join(BACKENDS)}")
+    if asked == "gather" and only_dense:
+        raise ValueError(f"backend 'gather' does not serve {', '.join(only_dense)}; pass backend='dense'")
+    if asked != "auto":
+        return Choice(asked, "it was asked for")
+    choice = Choice("gather", "blocks of queries beside blocks of keys")
+    if only_dense:
+        choice = Choice("dense", f"only it serves {', '.join(only_dense)}")
+    elif torch.compiler.is_compiling():
+        # a compiled call serves every length with one graph, so nothing may depend on the length here
+        return choice
+    # dense attention with dropout is slow on a CPU
+    elif is_plain and not (dropout and device.type == "cpu") and _allows_every_pair(pattern, scope):
+        choice = Choice("sdpa", f"the pattern allows every pair of {scope.length} tokens")
+    logger.debug("%s of %d tokens: %s", pattern.key, scope.length, choice)
+    return choice
+
+
+@functools.lru_cache(maxsize=256)
+def _allows_every_pair(pattern: Pattern, scope: Scope) -> bool:
+    full = [part.heads for part in parts_of(pattern, scope) if covers_all(part, scope)]
+    served = frozenset().union(*(range(scope.heads) if heads is None else heads for heads in full))
+    return len(served) == scope.heads

@@ -1,0 +1,112 @@
+"""What "auto" chooses, how it says so, and that a choice never changes the result."""
+
+import logging
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import hf_sparse
+from hf_sparse.backends.gather import cached_plan
+from hf_sparse.parts import Scope
+from hf_sparse.patterns import Pattern
+from tests.support.gradients import with_gradients
+from tests.support.rounding import assert_same_maths
+from tests.support.softmax import random_tensors
+
+LONGFORMER = hf_sparse.pattern("longformer", window=512, global_tokens=(0,))
+BIGBIRD = hf_sparse.pattern("bigbird", block_size=64)
+
+
+def is_whole(pattern: Pattern, n: int, heads: int = 12) -> bool:
+    """Say whether "auto" runs a sequence in one call under its whole mask."""
+    return cached_plan(pattern, Scope(n, heads), None, (), "all", True).is_whole
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n", "is_causal", "backend"),
+    [
+        (LONGFORMER, 257, False, "sdpa"),
+        (LONGFORMER, 258, False, "gather"),
+        (hf_sparse.pattern("band", radius=9999), 10_000, False, "sdpa"),
+        (hf_sparse.pattern("band", radius=9998), 10_000, False, "gather"),
+        (hf_sparse.pattern("band", radius=9999), 10_000, True, "sdpa"),
+        (hf_sparse.pattern("block_local", block_size=64), 64, False, "sdpa"),
+        (hf_sparse.pattern("block_local", block_size=64), 65, False, "gather"),
+        (BIGBIRD, 128, False, "sdpa"),
+        (hf_sparse.by_head({range(6): LONGFORMER, range(6, 12): BIGBIRD}), 128, False, "sdpa"),
+        (hf_sparse.by_head({range(6): LONGFORMER, range(6, 12): BIGBIRD}), 200, False, "gather"),
+        (hf_sparse.pattern("dilated", radius=64, dilation=2), 2, False, "gather"),
+    ],
+)
+def test_every_pair_goes_to_torch_and_all_else_to_gather(
+    pattern: Pattern, n: int, is_causal: bool, backend: str
+) -> None:
+    assert hf_sparse.explain(pattern, n, heads=12, is_causal=is_causal).backend == backend
+    allows_all = bool(
+        pattern.mask(n, heads=12, is_causal=is_causal).sum() == 12 * (n * (n + 1) // 2 if is_causal else n * n)
+    )
+    assert (backend == "sdpa") <= allows_all
+
+
+def test_a_short_sequence_runs_whole_and_a_long_one_never() -> None:
+    assert is_whole(LONGFORMER, 512)
+    assert is_whole(BIGBIRD, 512)
+    # few of the pairs: blocks are faster however short
+    assert not is_whole(hf_sparse.pattern("block_local", block_size=64), 1024)
+    for n in (1025, 1100, 4096):
+        for pattern in (LONGFORMER, BIGBIRD, hf_sparse.pattern("bigbird", block_size=8)):
+            assert not is_whole(pattern, n), (pattern, n)
+
+
+def test_what_was_asked_for_is_not_replaced() -> None:
+    plan = cached_plan(LONGFORMER, Scope(512, 12), None, (), "all", False)
+    assert not plan.is_whole
+
+
+def test_the_explanation_is_one_line_that_names_the_work() -> None:
+    whole = str(hf_sparse.explain(LONGFORMER, 512, heads=12))
+    assert whole.startswith("gather: one call over 512 x 512 pairs under the pattern's mask")
+    blocks = hf_sparse.explain(hf_sparse.pattern("block_local", block_size=64), 4096)
+    assert "1.56% of all pairs" in blocks.reason
+    assert "every pair" in hf_sparse.explain(LONGFORMER, 100).reason
+    assert hf_sparse.explain(LONGFORMER, 100, dropout=0.1).backend == "gather"
+    with pytest.raises(ValueError, match="n and heads must be at least 1"):
+        hf_sparse.explain(LONGFORMER, 0)
+
+
+def test_each_call_says_at_the_debug_level_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    tensors = random_tensors(tokens=40, width=8)
+    with caplog.at_level(logging.DEBUG, logger="hf_sparse"):
+        hf_sparse.sparse_attention(*tensors, LONGFORMER)
+        hf_sparse.sparse_attention(*tensors, LONGFORMER, return_lse=True)
+        hf_sparse.sparse_attention(*tensors, LONGFORMER, softcap=3.0)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["sdpa", "gather", "dense"]
+    assert "longformer of 40 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_pair_is_torch_to_the_bit(is_causal: bool, key_heads: int) -> None:
+    tensors = [tensor.float() for tensor in random_tensors(batch=2, tokens=100, key_heads=key_heads, width=8)]
+    padding = torch.ones(2, 100, dtype=torch.bool)
+    wanted = scaled_dot_product_attention(*tensors, is_causal=is_causal, enable_gqa=True)
+    for mask in (None, padding):
+        out = hf_sparse.sparse_attention(*tensors, LONGFORMER, is_causal=is_causal, key_padding_mask=mask)
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("n", [300, 512, 700, 1024])
+@pytest.mark.parametrize("pattern", [LONGFORMER, BIGBIRD], ids=["longformer", "bigbird"])
+def test_the_choice_changes_nothing_near_the_crossover(pattern: Pattern, n: int) -> None:
+    tensors = random_tensors(batch=2, tokens=n, width=8)
+    padding = torch.ones(2, n, dtype=torch.bool)
+    padding[1, n // 2 :] = False
+
+    def attend(backend: str) -> list[torch.Tensor]:
+        return with_gradients(
+            lambda *t: hf_sparse.sparse_attention(*t, pattern, key_padding_mask=padding, backend=backend), tensors
+        )
+
+    for actual, wanted in zip(attend("auto"), attend("gather"), strict=True):
+        assert_same_maths(actual, wanted, terms=n + 8)
