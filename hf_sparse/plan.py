@@ -175,7 +175,8 @@ class _GroupBuilder:
                 if isinstance(part, BlockTable):
                     work += self._table_work(part, self.parts[:i])
                 else:
-                    work += self._window_work(part, self.parts[:i])
+                    # the slices at the borders first: what a backend runs head by head is then one stretch
+                    work += sorted(self._window_work(part, self.parts[:i]), key=lambda piece: isinstance(piece, Run))
             if self.has_columns:
                 work += self._column_tiles(is_first=not self.parts)
             if not self.is_full:

@@ -28,9 +28,9 @@ def is_whole(pattern: Pattern, n: int, heads: int = 12) -> bool:
     [
         (LONGFORMER, 257, False, "sdpa"),
         (LONGFORMER, 258, False, "gather"),
-        (hf_sparse.pattern("band", radius=9999), 10_000, False, "sdpa"),
-        (hf_sparse.pattern("band", radius=9998), 10_000, False, "gather"),
-        (hf_sparse.pattern("band", radius=9999), 10_000, True, "sdpa"),
+        (hf_sparse.pattern("band", radius=1499), 1500, False, "sdpa"),
+        (hf_sparse.pattern("band", radius=1498), 1500, False, "gather"),
+        (hf_sparse.pattern("band", radius=1499), 1500, True, "sdpa"),
         (hf_sparse.pattern("block_local", block_size=64), 64, False, "sdpa"),
         (hf_sparse.pattern("block_local", block_size=64), 65, False, "gather"),
         (BIGBIRD, 128, False, "sdpa"),

@@ -35,12 +35,13 @@ def run_forward(
         lse: -inf ``[B, H, T]``, to be written.
     """
     for group in plan.groups:
-        for work in group.work:
-            for lane in _lanes(work, group, kernel, q, k):
+        for lane, works in _schedule(group, kernel, q, k):
+            keys, values = _Keys(lane, works, k), _Keys(lane, works, v)
+            for work in works:
                 part = kernel.forward(
                     _queries(work, lane, q),
-                    _keys(work, lane, k),
-                    _keys(work, lane, v),
+                    keys.of(work),
+                    values.of(work),
                     lane.mask(work.mask),
                     _words(work, lane, words),
                 )
@@ -78,14 +79,16 @@ def run_backward(
         if len(group.rows):
             # what other tiles gave to the rows of global tokens was overwritten: it gets no gradient
             inner_lse = lse.index_fill(2, group.rows.to(lse.device), HUGE)
-        for work in group.work:
-            top = lse if isinstance(work, Tile) and work.is_row else inner_lse
-            for lane in _lanes(work, group, kernel, q, k):
+        for lane, works in _schedule(group, kernel, q, k):
+            keys, values = _Keys(lane, works, k), _Keys(lane, works, v)
+            grad_keys, grad_values = _Keys(lane, works, sums[1], is_sum=True), _Keys(lane, works, sums[2], is_sum=True)
+            for work in works:
+                top = lse if isinstance(work, Tile) and work.is_row else inner_lse
                 dq, dk, dv = kernel.backward(
                     _queries(work, lane, grad_out),
                     _queries(work, lane, q),
-                    _keys(work, lane, k),
-                    _keys(work, lane, v),
+                    keys.of(work),
+                    values.of(work),
                     lane.mask(work.mask),
                     _words(work, lane, words),
                     _queries(work, lane, out),
@@ -93,8 +96,10 @@ def run_backward(
                     None if grad_lse is None else _queries(work, lane, grad_lse),
                 )
                 _write(work, lane, sums[0], _queries(work, lane, sums[0]).add_(dq))
-                _add_keys(work, lane, sums[1], dk)
-                _add_keys(work, lane, sums[2], dv)
+                grad_keys.add(work, dk)
+                grad_values.add(work, dv)
+            grad_keys.close()
+            grad_values.close()
 
 
 @dataclass(frozen=True)
@@ -118,25 +123,97 @@ class _Lane:
         return mask if mask is None or self.heads_in_group is None else mask.of_heads(self.heads_in_group)
 
 
-def _lanes(work: Tile | Run | Gather, group: Group, kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[_Lane]:
-    """Cut a tile's rows and heads into lanes."""
+def _schedule(group: Group, kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[tuple[_Lane, list[Tile | Run | Gather]]]:
+    """Yield lanes and what they run, in an order that keeps the order of the work for each query.
+
+    Small tiles run for all heads at once. What lies between them runs head by head, so that a head's keys stay in the cache.
+    """
+    waiting: list[Tile | Run | Gather] = []
+    for work in group.work:
+        if _is_small(work, group, kernel, q, k):
+            yield from _one_by_one(waiting, group, q, k)
+            waiting = []
+            yield _all_heads(group, q, k), [work]
+        else:
+            waiting.append(work)
+    yield from _one_by_one(waiting, group, q, k)
+
+
+def _is_small(work: Tile | Run | Gather, group: Group, kernel: Kernel, q: Tensor, k: Tensor) -> bool:
+    """Say whether a tile runs for all heads at once."""
+    if not isinstance(work, Tile) or group.heads[-1] - group.heads[0] + 1 != len(group.heads):
+        return False
+    tokens, keys = _length(work.q, q.shape[2]), _length(work.k, k.shape[2])
+    elements = max(tokens, keys) * q.shape[3] if kernel.is_fused else tokens * keys
+    return elements * len(group.heads) * q.shape[0] <= CALL_ELEMENTS
+
+
+def _all_heads(group: Group, q: Tensor, k: Tensor) -> _Lane:
     ratio = q.shape[1] // k.shape[1]
-    first, last = group.heads[0], group.heads[-1]
-    if isinstance(work, Tile) and last - first + 1 == len(group.heads):
-        tokens, keys = _length(work.q, q.shape[2]), _length(work.k, k.shape[2])
-        per_lane = max(tokens, keys) * q.shape[3] if kernel.is_fused else tokens * keys
-        if per_lane * len(group.heads) * q.shape[0] <= CALL_ELEMENTS:
-            heads = slice(first, last + 1)
-            index = torch.tensor([head // ratio for head in group.heads], device=k.device) if ratio > 1 else heads
-            yield _Lane(slice(None), heads, index, None)
+    heads = slice(group.heads[0], group.heads[-1] + 1)
+    index = torch.tensor([head // ratio for head in group.heads], device=k.device) if ratio > 1 else heads
+    return _Lane(slice(None), heads, index, None)
+
+
+def _one_by_one(
+    works: list[Tile | Run | Gather], group: Group, q: Tensor, k: Tensor
+) -> Iterator[tuple[_Lane, list[Tile | Run | Gather]]]:
+    ratio = q.shape[1] // k.shape[1]
+    for i, head in enumerate(group.heads):
+        own = [work for work in works if not isinstance(work, Gather) or i in work.heads]
+        for row in range(q.shape[0] if own else 0):
+            key_head = slice(head // ratio, head // ratio + 1)
+            yield _Lane(slice(row, row + 1), slice(head, head + 1), key_head, slice(i, i + 1)), own
+
+
+class _Keys:
+    """The side of the keys of a lane: keys, values, or the sums of their gradients.
+
+    Args:
+        lane: the lane.
+        works: what it runs.
+        tensor: float ``[B, G, S, D]``.
+        is_sum: whether it is added to.
+    """
+
+    def __init__(self, lane: _Lane, works: list[Tile | Run | Gather], tensor: Tensor, *, is_sum: bool = False) -> None:
+        self.lane, self.tensor = lane, tensor
+        self.own = self.held = None
+        if lane.heads_in_group is not None:
+            # one head, ``[S, D]``: blocks named by index are read and added several times faster where they lie dense
+            self.own = self.held = tensor[lane.rows, lane.key_heads][0, 0]
+            if any(isinstance(work, Gather) for work in works) and not self.own.is_contiguous():
+                self.held = (
+                    torch.zeros(self.own.shape, dtype=tensor.dtype, device=tensor.device)
+                    if is_sum
+                    else self.own.contiguous()
+                )
+
+    def of(self, work: Tile | Run | Gather) -> Tensor:
+        """Return the keys of a tile ``[X, H, S, D]``: a view, or a copy where they are named by index."""
+        if self.held is None:
+            assert isinstance(work, Tile)
+            return self.tensor[self.lane.rows, :, work.k][:, self.lane.key_heads]
+        return _keys_of(work, self.held)
+
+    def add(self, work: Tile | Run | Gather, grad: Tensor) -> None:
+        """Add the gradient of a tile's keys ``[X, H, S, D]``."""
+        if self.held is not None:
+            _add_keys(work, self.held, grad[:, 0])
             return
-    served = work.heads if isinstance(work, Gather) else range(len(group.heads))
-    for row in range(q.shape[0]):
-        for i in served:
-            head = group.heads[i]
-            yield _Lane(
-                slice(row, row + 1), slice(head, head + 1), slice(head // ratio, head // ratio + 1), slice(i, i + 1)
-            )
+        assert isinstance(work, Tile)
+        at = self.tensor[self.lane.rows, :, work.k]
+        if isinstance(self.lane.key_heads, slice):
+            at[:, self.lane.key_heads] += grad
+        else:
+            at.index_add_(1, self.lane.key_heads, grad)
+        if isinstance(work.k, Tensor):
+            self.tensor[self.lane.rows, :, work.k] = at
+
+    def close(self) -> None:
+        """Add what was held apart."""
+        if self.own is not None and self.held is not self.own:
+            self.own.add_(self.held)
 
 
 def _length(tokens: slice | Tensor, total: int) -> int:
@@ -161,19 +238,14 @@ def _write(work: Tile | Run | Gather, lane: _Lane, tensor: Tensor, queries: Tens
         tensor[lane.rows, lane.heads][:, :, work.q] = queries
 
 
-def _keys(work: Tile | Run | Gather, lane: _Lane, tensor: Tensor) -> Tensor:
-    """Return the keys of a tile ``[X, H, S, D]``: a view, or a copy where they are named by index."""
+def _keys_of(work: Tile | Run | Gather, tokens: Tensor) -> Tensor:
+    """Return the keys of a tile ``[X, 1, S, ...]`` from all tokens of a lane ``[n, ...]``."""
     if isinstance(work, Tile):
-        return tensor[lane.rows, :, work.k][:, lane.key_heads]
-    return _blocks_of_keys(work, tensor[lane.rows, lane.key_heads][0, 0])[:, None]
-
-
-def _blocks_of_keys(work: Run | Gather, tokens: Tensor) -> Tensor:
-    """Return the keys of each block ``[blocks, S, ...]`` from all tokens of a lane ``[n, ...]``."""
+        return tokens[work.k][None, None]
     if isinstance(work, Gather):
         held = _units(work, tokens).index_select(0, work.index.flatten().to(tokens.device))
-        return held.flatten(0, 1).unflatten(0, (len(work.index), -1))
-    return _windows(work, tokens[work.offset :: work.step], 0, work.width)
+        return held.flatten(0, 1).unflatten(0, (len(work.index), -1))[:, None]
+    return _windows(work, tokens[work.offset :: work.step], 0, work.width)[:, None]
 
 
 def _units(work: Gather, tokens: Tensor) -> Tensor:
@@ -188,35 +260,26 @@ def _windows(work: Run, tokens: Tensor, skip: int, width: int) -> Tensor:
     return windows.movedim(-1, 1)
 
 
-def _add_keys(work: Tile | Run | Gather, lane: _Lane, total: Tensor, grad: Tensor) -> None:
-    """Add the gradient of a tile's keys ``[X, H, S, D]`` to the whole."""
+def _add_keys(work: Tile | Run | Gather, total: Tensor, grad: Tensor) -> None:
+    """Add the gradient of a tile's keys ``[X, S, D]`` to all tokens of a lane ``[n, D]``."""
     if isinstance(work, Tile):
-        held = total[lane.rows, :, work.k]
-        if isinstance(lane.key_heads, slice):
-            held[:, lane.key_heads] += grad
-        else:
-            held.index_add_(1, lane.key_heads, grad)
-        if isinstance(work.k, Tensor):
-            total[lane.rows, :, work.k] = held
-        return
-    tokens = total[lane.rows, lane.key_heads][0, 0]
-    if isinstance(work, Gather):
-        units = grad[:, 0].flatten(0, 1).unflatten(0, (-1, work.unit))
-        _units(work, tokens).index_add_(0, work.index.flatten().to(total.device), units)
-        return
-    tokens = tokens[work.offset :: work.step]
-    for skip in range(0, work.width, work.block):
-        # windows cut to one block do not overlap
-        width = min(work.block, work.width - skip)
-        _windows(work, tokens, skip, width).add_(grad[:, 0, skip : skip + width])
+        total[work.k] += grad[0]
+    elif isinstance(work, Gather):
+        units = grad.flatten(0, 1).unflatten(0, (-1, work.unit))
+        _units(work, total).index_add_(0, work.index.flatten().to(total.device), units)
+    else:
+        tokens = total[work.offset :: work.step]
+        for skip in range(0, work.width, work.block):
+            # windows cut to one block do not overlap
+            width = min(work.block, work.width - skip)
+            _windows(work, tokens, skip, width).add_(grad[:, skip : skip + width])
 
 
 def _words(work: Tile | Run | Gather, lane: _Lane, words: Words | None) -> Words | None:
     """Return the words of a tile's queries ``[X, H, T]`` and keys, broadcastable to ``[X, H, S]``."""
     if words is None:
         return None
-    of_keys = words[1][work.k] if isinstance(work, Tile) else _blocks_of_keys(work, words[1])[:, None]
-    return _queries(work, lane, words[0]), of_keys
+    return _queries(work, lane, words[0]), _keys_of(work, words[1])
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, is_first: bool) -> None:
