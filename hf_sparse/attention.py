@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.backends.dense import dense_attention, draw_edges
+from hf_sparse.backends.flex import flex_sparse_attention
 from hf_sparse.backends.gather import gather_attention
+from hf_sparse.backends.varlen import varlen_window_attention
 from hf_sparse.patterns import GlobalTokens, Longformer, Pattern
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
-BACKENDS = ("auto", "dense", "gather")
+BACKENDS = ("auto", "dense", "gather", "flex", "varlen")
+SPARSE: dict[str, Any] = {"gather": gather_attention, "flex": flex_sparse_attention, "varlen": varlen_window_attention}
 
 
 def sparse_attention(
@@ -67,8 +70,9 @@ def sparse_attention(
         sinks: float ``[H]``, a score of each head that gives nothing. Backend "dense" alone serves it.
         head_offset: index of the first head held here, for tensor or sequence parallel ranks.
         num_heads: heads of the whole layer, where others hold some; BigBird's published draw depends on it.
-        backend: "gather" (blocks, any device), "dense" (a mask of T x S) or "auto" (dense where the scores need what only
-            dense serves, else gather).
+        backend: "gather" (blocks, any device), "dense" (a mask of T x S), "flex" (one fused kernel, CUDA; forward alone on
+            the CPU), "varlen" (a plain window, CUDA, half precision) or "auto" (dense where the scores need what only dense
+            serves, else gather).
         return_lse: whether to return the logsumexp as well.
 
     Returns:
@@ -127,7 +131,8 @@ def sparse_attention(
             )
         # drawn on the CPU from the global generator, so that checkpointing repeats it
         seed = torch.randint(0, 2**62, (1,)) if dropout else None
-        return gather_attention(q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows)
+        attend = SPARSE[backend]
+        return attend(q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows)  # type: ignore[no-any-return]
 
     if state is None:
         out, lse = run(query, key, value, "all")
@@ -153,8 +158,8 @@ def _choose_backend(backend: str, **only_dense: Tensor | float | None) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     wanted = [name for name, value in only_dense.items() if value is not None]
-    if backend == "gather" and wanted:
-        raise ValueError(f"backend 'gather' does not serve {', '.join(wanted)}; pass backend='dense'")
+    if backend in SPARSE and wanted:
+        raise ValueError(f"backend {backend!r} does not serve {', '.join(wanted)}; pass backend='dense'")
     if backend == "auto":
         return "dense" if wanted else "gather"
     return backend
