@@ -132,7 +132,7 @@ def sparse_attention(
         # drawn on the CPU from the global generator, so that checkpointing repeats it
         seed = torch.randint(0, 2**62, (1,)) if dropout else None
         attend = SPARSE[backend]
-        return attend(q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows)  # type: ignore[no-any-return]
+        return attend(q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows)
 
     if state is None:
         out, lse = run(query, key, value, "all")

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from hf_sparse.backends.dropout import draw_words, mix, threshold
-from hf_sparse.backends.flex_blocks import BLOCK, Layout, Tags, cached_layout, positional_layout
+from hf_sparse.backends.flex_blocks import BLOCK, cached_layout, positional_layout
+from hf_sparse.backends.flex_tags import Layout, Tags
 from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import pattern_from_json
@@ -98,7 +99,9 @@ def flex_sparse_attention(
 def _check_served(query: Tensor, key: Tensor, value: Tensor) -> None:
     device = query.device.type
     if device not in ("cuda", "cpu"):
-        raise ValueError(f"backend 'flex' runs on cuda and, uncompiled, on the cpu, not on {device}; pass backend='gather'")
+        raise ValueError(
+            f"backend 'flex' runs on cuda and, uncompiled, on the cpu, not on {device}; pass backend='gather'"
+        )
     if device == "cpu":
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             raise ValueError("backend 'flex' has no gradient on the cpu; pass backend='gather' or use torch.no_grad()")
@@ -160,7 +163,7 @@ def run_compiled(*arguments: Any, backend: str | Callable[..., Any] = "inductor"
     """
     # the scale is a constant of the kernel; sizes that happen to be equal at one length are not taken to be equal always
     settings = torch._dynamo.config.patch(specialize_float=True, recompile_limit=64)
-    with settings, torch.fx.experimental._config.patch(use_duck_shape=False):
+    with settings, torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return compiled_attention(backend)(*arguments)
 
 
@@ -169,7 +172,8 @@ def run_plainly(*arguments: Any) -> tuple[Tensor, Tensor]:
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings(), torch.no_grad():
         # that it is slow uncompiled is known
         warnings.simplefilter("ignore", UserWarning)
-        return attend(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
+        query, key, value = (tensor.detach() for tensor in arguments[:3])
+        return attend(query, key, value, *arguments[3:])
 
 
 def attend(
@@ -195,10 +199,12 @@ def attend(
     Returns:
         Output ``[B, H, T, Dv]`` and logsumexp ``[B, H, T]``, over the kept pairs.
     """
-
-    by_query, by_key = layout.blocks[:4], layout.blocks[4:]
+    counts, indices, full_counts, full_indices, *by_key = layout.blocks
     block_mask = BlockMask.from_kv_blocks(
-        *by_query,
+        counts,
+        indices,
+        full_counts,
+        full_indices,
         BLOCK_SIZE=BLOCK,
         mask_mod=_edges(layout.tags, is_causal),
         seq_lengths=(query.shape[2], key.shape[2]),
@@ -215,7 +221,7 @@ def attend(
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    return out, aux.lse
+    return out, aux.lse  # type: ignore[return-value]
 
 
 def _dropping(dropped: Dropped) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:

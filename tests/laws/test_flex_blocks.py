@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_sparse
 from hf_sparse.backends import flex, flex_blocks
 from hf_sparse.backends.dense import draw_edges
-from hf_sparse.backends.flex_blocks import Layout, cached_layout
+from hf_sparse.backends.flex_blocks import cached_layout
+from hf_sparse.backends.flex_tags import Layout
 from hf_sparse.parts import BlockTable, BlockWindow, Part, Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.segments import Segment
@@ -103,8 +104,12 @@ def test_blocks_and_tags_are_the_pattern(case: Case, n: int, is_causal: bool) ->
 def sample_masks(name: str) -> dict[str, Tensor]:
     """Return masks of six rows of 40 tokens: padding on either side, holes, nothing but padding, none; packed rows."""
     column = torch.arange(40)
-    real = torch.stack([column >= 11, column < 23, (column > 4) & (column < 31), column % 7 > 1, column < 0, column >= 0])
-    documents = torch.stack([column // 9, column // 20, column // 40, (column - 13) // 13, column // 3, column // 25 - 1])
+    real = torch.stack(
+        [column >= 11, column < 23, (column > 4) & (column < 31), column % 7 > 1, column < 0, column >= 0]
+    )
+    documents = torch.stack(
+        [column // 9, column // 20, column // 40, (column - 13) // 13, column // 3, column // 25 - 1]
+    )
     is_global = torch.stack([column == 12, column % 11 == 3, column < 0, column == 2, column == 5, column >= 38])
     return {
         "padding": {"key_padding_mask": real},
@@ -117,7 +122,7 @@ def sample_masks(name: str) -> dict[str, Tensor]:
 
 @both_ways
 @pytest.mark.parametrize("name", ["padding", "documents", "both", "globals", "packed_globals"])
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", sampled())
 @pytest.mark.usefixtures("small_blocks")
 def test_padding_documents_and_global_masks_differ_by_row(case: Case, name: str, is_causal: bool) -> None:
     masks = sample_masks(name)
@@ -143,7 +148,9 @@ def test_blocks_of_full_size_equal_the_drawn_mask(case: Case, rows: str, is_caus
     masks = {"document_ids": torch.stack([torch.zeros(n).long(), torch.arange(n) // 260])}
     query = torch.empty(2, HEADS, n, 0)
     settings: dict[str, Any] = {"pattern": case.pattern.json, "layer": 0, "is_causal": is_causal, "rows": rows}
-    mask = draw_edges(query, query, None, None, masks["document_ids"], None, None, **settings, head_offset=0, num_heads=4)
+    mask = draw_edges(
+        query, query, None, None, masks["document_ids"], None, None, **settings, head_offset=0, num_heads=4
+    )
     check(lay_out(case.pattern, 2, n, is_causal=is_causal, rows=rows, **masks), mask, is_causal=is_causal)
 
 
@@ -204,7 +211,9 @@ def test_layers_share_a_layout_unless_the_pattern_varies_by_layer() -> None:
         for layer in (0, 1):
             with pytest.MonkeyPatch.context() as patch:
                 noted = drawn.setdefault(name, [])
-                patch.setattr(flex, "run_plainly", lambda q, k, v, layout, *_, noted=noted: noted.append(layout) or (q, q))
+                patch.setattr(
+                    flex, "run_plainly", lambda q, k, v, layout, *_, noted=noted: noted.append(layout) or (q, q)
+                )
                 tensor = torch.zeros(1, HEADS, 20, 4)
                 hf_sparse.sparse_attention(tensor, tensor, tensor, case_of(name).pattern, layer=layer, backend="flex")
     assert drawn["longformer"][0] is drawn["longformer"][1]

@@ -36,7 +36,7 @@ FLOORS = {
 # hf_sparse.convert is public and lives two doors up: its import waits for the call.
 LATE_ARROWS = {("hf_sparse", "hf_sparse.conversion")}
 # Modules of backends/ that backends stand on. Any other module there is a backend, and no other backend's business.
-BENEATH_BACKENDS = {"kernels", "dropout", "flex_blocks"}
+BENEATH_BACKENDS = {"kernels", "dropout", "flex_blocks", "flex_tags"}
 KNOWS_TRANSFORMERS = {
     "hf_sparse.integration",
     "hf_sparse.conversion",
