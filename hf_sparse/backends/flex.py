@@ -31,7 +31,7 @@ class Dropped(NamedTuple):
     Attributes:
         query: int32 ``[B, H, T]``, random words.
         key: int32 ``[S]``, random words.
-        limit: int32 ``[1]``, below which a mixed word keeps its pair.
+        limit: int32 ``[H]``, below which a mixed word keeps its pair.
     """
 
     query: Tensor
@@ -87,7 +87,7 @@ def flex_sparse_attention(
     if seed is None or not dropout:
         return run(query, key, value, *settings)
     words = draw_words(seed, batch, heads, tokens, keys, query.device)
-    limit = torch.tensor([threshold(dropout)], dtype=torch.int32, device=query.device)
+    limit = torch.full((heads,), threshold(dropout), dtype=torch.int32, device=query.device)
     out, kept = run(query, key, value, *settings, Dropped(words.query, words.key, limit))
     # a softmax over the kept pairs alone, times the share of the whole softmax that they have; of the whole one only its
     # logsumexp is wanted, so the narrowest values do
@@ -228,7 +228,7 @@ def _dropping(dropped: Dropped) -> Callable[[Tensor, Tensor, Tensor, Tensor, Ten
     """Return the score function of dropout: the score of a kept pair, -inf for a dropped one."""
 
     def keep(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        is_kept = mix(dropped.query[b, h, q], dropped.key[k]) < dropped.limit[0]
+        is_kept = mix(dropped.query[b, h, q], dropped.key[k]) < dropped.limit[h]
         return torch.where(is_kept, score, float("-inf"))
 
     return keep
@@ -240,14 +240,14 @@ def _edges(tags: Tags, is_causal: bool) -> Callable[[Tensor, Tensor, Tensor, Ten
     def allows(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         i, j = tags.q_position[b, q], tags.k_position[b, k]
         edge = i < i
-        for n in range(tags.bands.shape[1]):
-            size, step, before, after = (tags.bands[h, n, c] for c in range(4))
+        for band in tags.bands:
+            size, step = band.size[h], band.step[h]
             x, y = i // size, j // size
-            edge = edge | ((x - y <= before) & (y - x <= after) & (x % step == y % step))
-        for n, table in enumerate(tags.tables):
-            row, block = tags.q_rows[n][b, q], j // tags.sizes[n]
-            for column in range(table.shape[2]):
-                edge = edge | (table[h, row, column] == block)
+            edge = edge | ((x - y <= band.before[h]) & (y - x <= band.after[h]) & (x % step == y % step))
+        for table in tags.tables:
+            row, block = table.q_row[b, q], j // table.size[h]
+            for column in table.columns:
+                edge = edge | (column[h, row] == block)
         if tags.q_global is not None and tags.k_global is not None:
             edge = edge | tags.q_global[b, h, q] | tags.k_global[b, h, k]
         if is_causal:

@@ -18,6 +18,33 @@ from hf_sparse.patterns import Pattern
 FAR = 1 << 30
 
 
+class Band(NamedTuple):
+    """Numbers of a window, int32 ``[H]`` each.
+
+    With positions counted in blocks of ``size``, a query reads keys at most ``before`` behind and ``after`` ahead whose
+    distance is a multiple of ``step``.
+    """
+
+    size: Tensor
+    step: Tensor
+    before: Tensor
+    after: Tensor
+
+
+class Table(NamedTuple):
+    """Blocks of keys named by a table.
+
+    Attributes:
+        size: int32 ``[H]``, tokens of a block.
+        q_row: int32 ``[R, T]``, the query's row of the table.
+        columns: int32 ``[H, rows]`` each, a block of keys that a row of queries reads; below 0 means none.
+    """
+
+    size: Tensor
+    q_row: Tensor
+    columns: tuple[Tensor, ...]
+
+
 class Tags(NamedTuple):
     """What decides whether a query reads a key. Rows R: 1 where all samples are alike; heads X: 1 where all are alike.
 
@@ -28,11 +55,11 @@ class Tags(NamedTuple):
         k_position: int32 ``[R, S]``, logical.
         q_global: bool ``[R, X, T]``, or None for a pattern without global tokens.
         k_global: bool ``[R, X, S]``, or None.
-        bands: int32 ``[H, bands, 4]``: size, step, before and after. With positions counted in blocks of ``size``, a query
-            reads keys at most ``before`` behind and ``after`` ahead whose distance is a multiple of ``step``.
-        tables: int32 ``[H, rows, W]`` each, the key blocks that a row of queries reads; below 0 means none.
-        q_rows: int32 ``[R, T]`` each, the query's row of the table.
-        sizes: int32 ``[tables]``, tokens of a block of each table.
+        bands: the windows, of tokens and of blocks.
+        tables: the tables.
+
+    Every number is a tensor that is indexed by tensors alone, never by an int beside one: indexing of that kind is what
+    FlexAttention traces into its kernels.
     """
 
     q_segment: Tensor
@@ -41,10 +68,8 @@ class Tags(NamedTuple):
     k_position: Tensor
     q_global: Tensor | None
     k_global: Tensor | None
-    bands: Tensor
-    tables: tuple[Tensor, ...]
-    q_rows: tuple[Tensor, ...]
-    sizes: Tensor
+    bands: tuple[Band, ...]
+    tables: tuple[Table, ...]
 
 
 class Layout(NamedTuple):
@@ -69,7 +94,7 @@ class Layout(NamedTuple):
         def over_heads(t: Tensor | None) -> Tensor | None:
             return None if t is None else over_batch(t).expand(-1, heads, -1)
 
-        q_segment, k_segment, q_position, k_position, q_global, k_global, bands, tables, q_rows, sizes = self.tags
+        q_segment, k_segment, q_position, k_position, q_global, k_global, bands, tables = self.tags
         tags = Tags(
             over_batch(q_segment).expand(-1, heads, -1),
             over_batch(k_segment),
@@ -77,10 +102,11 @@ class Layout(NamedTuple):
             over_batch(k_position),
             over_heads(q_global),
             over_heads(k_global),
-            bands.to(device),
-            tuple(t.to(device) for t in tables),
-            tuple(over_batch(t) for t in q_rows),
-            sizes.to(device),
+            tuple(Band(*(t.to(device) for t in band)) for band in bands),
+            tuple(
+                Table(table.size.to(device), over_batch(table.q_row), tuple(t.to(device) for t in table.columns))
+                for table in tables
+            ),
         )
         return Layout(tuple(over_batch(t) for t in self.blocks), tags)
 
@@ -90,8 +116,8 @@ class Rule:
 
     Attributes:
         lanes: the heads of each lane; heads of a lane have the same parts.
-        bands: int64 ``[H, bands, 4]``; see ``Tags``.
-        tables: see ``Tags``; the last row of each is empty.
+        bands: int64 ``[H, bands, 4]``: size, step, before and after of each ``Band``.
+        tables: int64 ``[H, rows, W]`` each; below 0 means none; the last row is empty.
         sizes: tokens of a block of each table.
     """
 
@@ -172,10 +198,15 @@ class Rule:
             k_position.int(),
             q_global if self.has_globals else None,
             k_global if self.has_globals else None,
-            self.bands.int(),
-            tuple(table.int() for table in self.tables),
-            tuple(row.int() for row in q_rows),
-            torch.tensor(self.sizes, dtype=torch.int32),
+            tuple(Band(*(t.clone() for t in band.unbind(1))) for band in self.bands.int().unbind(1)),
+            tuple(
+                Table(
+                    torch.full((self.scope.heads,), size, dtype=torch.int32),
+                    q_row.int(),
+                    tuple(t.contiguous() for t in table.int().unbind(2)),
+                )
+                for table, size, q_row in zip(self.tables, self.sizes, q_rows, strict=True)
+            ),
         )
 
 

@@ -34,7 +34,7 @@ def check_equals_dense(pattern: Pattern, tensors: tuple[Tensor, ...], **settings
 
 
 @both_ways
-@pytest.mark.parametrize("n", [1, 7, 65])
+@pytest.mark.parametrize("n", [1, pytest.param(7, marks=pytest.mark.slow), 65])
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_outputs_equal_the_loop_oracle(case: Case, n: int, is_causal: bool) -> None:
     tensors = random_tensors(tokens=n, key_heads=2, width=WIDTH, value_width=3)
@@ -45,7 +45,7 @@ def test_outputs_equal_the_loop_oracle(case: Case, n: int, is_causal: bool) -> N
 
 
 @both_ways
-@pytest.mark.parametrize("n", [130, 300])
+@pytest.mark.parametrize("n", [pytest.param(130, marks=pytest.mark.slow), 300])
 @pytest.mark.parametrize("case", sampled())
 def test_longer_outputs_equal_dense(case: Case, n: int, is_causal: bool) -> None:
     check_equals_dense(case.pattern, random_tensors(tokens=n, key_heads=2, width=WIDTH), is_causal=is_causal)
@@ -193,7 +193,7 @@ def masks_of(case: Case, batch: int, n: int, kind: int) -> dict[str, Tensor]:
     ("name", "p"),
     [
         ("longformer", 0.2),
-        ("by_head", 0.0),
+        pytest.param("by_head", 0.0, marks=pytest.mark.slow),
         *(
             pytest.param(name, 0.2, marks=pytest.mark.slow)
             for name in ("band", "bigbird_published", "union_of_all_atoms")
