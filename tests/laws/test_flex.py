@@ -239,7 +239,7 @@ def test_another_scale_takes_another_graph_in_which_it_is_a_constant(counting: C
     assert counting.graphs == 2
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize(
     "name", ["longformer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("band", "by_head"))]
 )
