@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_sparse
 from hf_sparse.backends import flex, flex_blocks
 from hf_sparse.backends.dense import draw_edges
-from hf_sparse.backends.flex_blocks import cached_layout
+from hf_sparse.backends.flex_blocks import cached_layout, positional_layout
 from hf_sparse.backends.flex_tags import Layout
 from hf_sparse.parts import BlockTable, BlockWindow, Part, Scope
 from hf_sparse.patterns import Pattern
@@ -168,6 +168,36 @@ def test_a_block_that_one_part_fills_is_read_whole(name: str, is_causal: bool) -
     assert torch.equal(whole, by_blocks(mask)[1])
     assert whole.any()
     assert part.any()
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "pattern", [hf_sparse.pattern("band", radius=30), hf_sparse.pattern("block_local", block_size=64)], ids=str
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_a_block_inside_a_hole_is_not_read(pattern: Pattern, is_causal: bool) -> None:
+    real = torch.ones(1, 70, dtype=torch.bool)
+    real[0, 14:37] = False
+    mask = pattern.mask(70, heads=HEADS, is_causal=is_causal)[None] & real[:, None, :, None] & real[:, None, None]
+    check(lay_out(pattern, 1, 70, is_causal=is_causal, key_padding_mask=real), mask, is_causal=is_causal)
+
+
+@both_ways
+@pytest.mark.parametrize("case", sampled())
+@pytest.mark.usefixtures("small_blocks")
+def test_queries_that_are_not_the_keys_read_every_block_in_part(case: Case, is_causal: bool) -> None:
+    real = torch.arange(60).expand(2, -1) >= torch.tensor([[0], [11]])
+    k_positions = torch.arange(60).expand(2, -1) - torch.tensor([[0], [11]])
+    q_positions = k_positions[:, 35:]
+    scope = Scope(60, HEADS, 0, is_causal, 0, HEADS)
+    layout = positional_layout(case.pattern, scope, q_positions, k_positions, real, None, "all")
+    query, key = torch.empty(2, HEADS, 25, 0), torch.empty(2, HEADS, 60, 0)
+    positions = q_positions, k_positions
+    mask = draw_edges(query, key, real, None, None, *positions, case.pattern.json, 0, is_causal, 0, HEADS, "all")
+    pairs, part, whole = seen(layout, 25, 60, is_causal=is_causal)
+    assert torch.equal(pairs, mask)
+    assert part.all()
+    assert not whole.any()
 
 
 @pytest.mark.parametrize("name", ["random", "bigbird_published", "by_head"])
