@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_sparse.backends.dense import dense_attention, draw_edges, every_pair_attention
 from hf_sparse.backends.gather import gather_attention
-from hf_sparse.choice import choose_backend
+from hf_sparse.choice import choose_backend, cuda_backend
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import GlobalTokens, Longformer, Pattern
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
@@ -67,8 +67,8 @@ def sparse_attention(
         sinks: float ``[H]``, a score of each head that gives nothing. Backend "dense" alone serves it.
         head_offset: index of the first head held here, for tensor or sequence parallel ranks.
         num_heads: heads of the whole layer, where others hold some; BigBird's published draw depends on it.
-        backend: "gather" (blocks, any device), "dense" (a mask of T x S) or "auto" (the fastest that serves the call; see
-            ``explain``).
+        backend: "gather" (blocks, any device), "dense" (a mask of T x S), "flex" (one fused kernel, CUDA; forward alone on
+            the CPU), "varlen" (a plain window, CUDA, half precision) or "auto" (what serves the call best; see ``explain``).
         return_lse: whether to return the logsumexp as well.
 
     Returns:
@@ -89,7 +89,8 @@ def sparse_attention(
         backend,
         pattern,
         Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads),
-        query.device,
+        query.device.type,
+        can_flex=query.dtype != torch.float64 and min(query.shape[3], value.shape[3]) >= 16,
         only_dense=tuple(name for name, given in only_dense.items() if given is not None),
         is_plain=query.shape[2] == key.shape[2] and not return_lse and all(other is None for other in others),
         dropout=dropout,
@@ -114,10 +115,10 @@ def sparse_attention(
         if choice.backend == "dense":
             drawn = draw_edges(q, k, *masks, **settings, rows=rows)
             return dense_attention(q, k, v, drawn, seed, scale=scale, dropout=dropout, **only_dense)
-        may_be_whole = backend == "auto"
-        return gather_attention(
-            q, k, v, *masks, seed, **settings, scale=scale, dropout=dropout, rows=rows, may_be_whole=may_be_whole
-        )
+        given = {**settings, "scale": scale, "dropout": dropout, "rows": rows}
+        if choice.backend == "gather":
+            return gather_attention(q, k, v, *masks, seed, **given, may_be_whole=backend == "auto")
+        return cuda_backend(choice.backend)(q, k, v, *masks, seed, **given)
 
     if state is None:
         out, lse = run(query, key, value, "all")

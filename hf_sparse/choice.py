@@ -1,17 +1,20 @@
 """Which backend runs a call: what was asked for, if it can serve, else what is fastest for the shape and the device."""
 
 import functools
+import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hf_sparse.backends.gather import cached_plan
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern, parts_of
 from hf_sparse.plan import covers_all
 
-BACKENDS = ("auto", "dense", "gather")
+BACKENDS = ("auto", "dense", "gather", "flex", "varlen")
 logger = logging.getLogger("hf_sparse")
 
 
@@ -39,7 +42,7 @@ def explain(
     layer: int = 0,
     is_causal: bool = False,
     dropout: float = 0.0,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
 ) -> Choice:
     """Say what ``backend="auto"`` runs for a sequence without padding.
 
@@ -52,7 +55,7 @@ def explain(
         layer: index of the layer, at least 0.
         is_causal: whether keys ahead of the query are left out.
         dropout: probability of dropping an attention probability.
-        device: where the tensors are.
+        device: where the tensors are, "cpu" or "cuda"; on the latter of float32 or less, in heads of a width of 16 or more.
 
     Returns:
         The backend and the reason; printed, it is one line.
@@ -63,7 +66,7 @@ def explain(
     if n < 1 or heads < 1:
         raise ValueError(f"n and heads must be at least 1, got n={n}, heads={heads}")
     scope = Scope(n, heads, layer, is_causal)
-    choice = choose_backend("auto", pattern, scope, torch.device(device), is_plain=True, dropout=dropout)
+    choice = choose_backend("auto", pattern, scope, device, can_flex=True, is_plain=True, dropout=dropout)
     if choice.backend != "gather":
         return choice
     plan = cached_plan(pattern, scope, None, (), "all", True)
@@ -79,8 +82,9 @@ def choose_backend(
     asked: str,
     pattern: Pattern,
     scope: Scope,
-    device: torch.device,
+    device: str,
     *,
+    can_flex: bool,
     only_dense: tuple[str, ...] = (),
     is_plain: bool,
     dropout: float,
@@ -91,7 +95,8 @@ def choose_backend(
         asked: one of ``BACKENDS``.
         pattern: who reads whom.
         scope: of a sequence as long as the keys.
-        device: where the tensors are.
+        device: type of the device the tensors are on.
+        can_flex: whether dtype and widths suit the kernel of "flex".
         only_dense: names of the arguments given that only "dense" serves.
         is_plain: whether there is nothing but query, key and value of one length: no masks, positions or weights of the
             pattern, and no logsumexp wanted.
@@ -102,8 +107,8 @@ def choose_backend(
     """
     if asked not in BACKENDS:
         raise ValueError(f"unknown backend {asked!r}; known: {', '.join(BACKENDS)}")
-    if asked == "gather" and only_dense:
-        raise ValueError(f"backend 'gather' does not serve {', '.join(only_dense)}; pass backend='dense'")
+    if asked not in ("auto", "dense") and only_dense:
+        raise ValueError(f"backend {asked!r} does not serve {', '.join(only_dense)}; pass backend='dense'")
     if asked != "auto":
         return Choice(asked, "it was asked for")
     choice = Choice("gather", "blocks of queries beside blocks of keys")
@@ -113,10 +118,23 @@ def choose_backend(
         # a compiled call serves every length with one graph, so nothing may depend on the length here
         return choice
     # dense attention with dropout is slow on a CPU
-    elif is_plain and not (dropout and device.type == "cpu") and _allows_every_pair(pattern, scope):
+    elif is_plain and not (dropout and device == "cpu") and _allows_every_pair(pattern, scope):
         choice = Choice("sdpa", f"the pattern allows every pair of {scope.length} tokens")
+    elif device == "cuda" and can_flex and importlib.util.find_spec("triton"):
+        choice = Choice("flex", "one fused kernel over the blocks that are read")
     logger.debug("%s of %d tokens: %s", pattern.key, scope.length, choice)
     return choice
+
+
+def cuda_backend(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a backend that is imported when it is first wanted: "flex" or "varlen"."""
+    if name == "flex":
+        from hf_sparse.backends.flex import flex_sparse_attention
+
+        return flex_sparse_attention
+    from hf_sparse.backends.varlen import varlen_window_attention
+
+    return varlen_window_attention
 
 
 @functools.lru_cache(maxsize=256)

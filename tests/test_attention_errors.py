@@ -67,9 +67,9 @@ def test_dropout_is_a_probability_below_one(dropout: float) -> None:
         call(dropout=dropout)
 
 
-@pytest.mark.parametrize("backend", ["flex", "", "Dense"])
+@pytest.mark.parametrize("backend", ["triton", "", "Dense"])
 def test_an_unknown_backend_is_refused_with_the_known_ones(backend: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown backend '{backend}'; known: auto, dense, gather"):
+    with pytest.raises(ValueError, match=f"unknown backend '{backend}'; known: auto, dense, gather, flex, varlen"):
         call(backend=backend)
 
 

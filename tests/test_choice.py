@@ -49,6 +49,14 @@ def test_every_pair_goes_to_torch_and_all_else_to_gather(
     assert (backend == "sdpa") <= allows_all
 
 
+def test_cuda_goes_to_the_fused_kernel_where_it_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert hf_sparse.explain(LONGFORMER, 4096, device="cuda").backend == "flex"
+    assert hf_sparse.explain(LONGFORMER, 200, device="cuda", dropout=0.1).backend == "sdpa"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert hf_sparse.explain(LONGFORMER, 4096, device="cuda").backend == "gather"
+
+
 def test_a_short_sequence_runs_whole_and_a_long_one_never() -> None:
     assert is_whole(LONGFORMER, 512)
     assert is_whole(BIGBIRD, 512)

@@ -212,7 +212,7 @@ class _Keys:
 
     def close(self) -> None:
         """Add what was held apart."""
-        if self.own is not None and self.held is not self.own:
+        if self.own is not None and self.held is not None and self.held is not self.own:
             self.own.add_(self.held)
 
 
