@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from hf_sparse.backends.dense import dense_attention, draw_edges, every_pair_attention
 from hf_sparse.backends.gather import gather_attention
 from hf_sparse.choice import choose_backend, cuda_backend
+from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
 from hf_sparse.parts import Scope
-from hf_sparse.patterns import GlobalTokens, Longformer, Pattern
+from hf_sparse.patterns import Pattern
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
 
@@ -85,10 +86,11 @@ def sparse_attention(
         key_padding_mask = None
     only_dense = {"bias": bias, "softcap": softcap, "sinks": sinks}
     others = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, state)
+    scope = Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads)
     choice = choose_backend(
         backend,
         pattern,
-        Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads),
+        scope,
         query.device.type,
         can_flex=query.dtype != torch.float64 and min(query.shape[3], value.shape[3]) >= 16,
         only_dense=tuple(name for name, given in only_dense.items() if given is not None),
@@ -110,8 +112,7 @@ def sparse_attention(
     }
 
     def run(q: Tensor, k: Tensor, v: Tensor, rows: str) -> tuple[Tensor, Tensor]:
-        # drawn on the CPU from the global generator, so that checkpointing repeats it
-        seed = torch.randint(0, 2**62, (1,)) if dropout else None
+        seed = _seed(dropout)
         if choice.backend == "dense":
             drawn = draw_edges(q, k, *masks, **settings, rows=rows)
             return dense_attention(q, k, v, drawn, seed, scale=scale, dropout=dropout, **only_dense)
@@ -122,9 +123,36 @@ def sparse_attention(
 
     if state is None:
         out, lse = run(query, key, value, "all")
+        return (out, lse) if return_lse else out
+    hidden_states = _checked_hidden_states(hidden_states, query, key, pattern)
+    out, lse = run(query, key, value, "shared")
+    if global_mask is None and not names_global_tokens(pattern, with_projections=True):
+        out = with_unused(out, state)
     else:
-        out, lse = _with_global_projections(run, query, key, value, pattern, state, hidden_states, global_mask)
+        rows = None
+        if backend == "auto" and not torch.compiler.is_compiling() and can_fold(state):
+            rows = FewRows(pattern, scope, state, hidden_states, masks[:3])
+        if rows is not None and rows.is_worth_it:
+            out, lse = rows.put(out, lse, _seed(dropout), scale=scale, dropout=dropout)
+        else:
+            q, k, v = state(hidden_states)
+            out, lse = put_rows(out, lse, *run(q, k, v, "own"))
     return (out, lse) if return_lse else out
+
+
+def _seed(dropout: float) -> Tensor | None:
+    """Draw a seed on the CPU from the global generator, so that checkpointing repeats it."""
+    return torch.randint(0, 2**62, (1,)) if dropout else None
+
+
+def _checked_hidden_states(hidden_states: Tensor | None, query: Tensor, key: Tensor, pattern: Pattern) -> Tensor:
+    if hidden_states is None:
+        raise ValueError("state was given without hidden_states, which its projections read")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"pattern {pattern.key!r} with global projections cannot serve cached decoding; set global_projections=False"
+        )
+    return hidden_states
 
 
 def _is_all_real(mask: Tensor) -> bool:
@@ -220,46 +248,3 @@ def _positions(
     if query_positions is None:
         query_positions = key_positions[:, keys - tokens :]
     return query_positions, key_positions
-
-
-def _with_global_projections(
-    run: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    state: nn.Module,
-    hidden_states: Tensor | None,
-    global_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Run the rows of global tokens on projections of their own; they take the place of what the others gave them."""
-    if hidden_states is None:
-        raise ValueError("state was given without hidden_states, which its projections read")
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"pattern {pattern.key!r} with global projections cannot serve cached decoding; set global_projections=False"
-        )
-    out, lse = run(query, key, value, "shared")
-    if global_mask is None and not names_global_tokens(pattern, with_projections=True):
-        if torch.is_grad_enabled() and any(p.requires_grad for p in state.parameters()):
-            # unused weights still take part, with gradient 0: distributed training waits for all of them
-            out = out + 0.0 * sum(p.sum() for p in state.parameters()).to(out.dtype)  # type: ignore[union-attr]
-        return out, lse
-    row_out, row_lse = run(*state(hidden_states), "own")
-    is_row = row_lse > float("-inf")
-    return torch.where(is_row[..., None], row_out, out), torch.where(is_row, row_lse, lse)
-
-
-def names_global_tokens(pattern: Pattern, *, with_projections: bool = False) -> bool:
-    """Say whether a pattern names global tokens itself, in any member.
-
-    Args:
-        pattern: the pattern.
-        with_projections: count only tokens whose rows have projections of their own.
-    """
-    if isinstance(pattern, Longformer):
-        return bool(pattern.global_tokens) and (pattern.global_projections or not with_projections)
-    if isinstance(pattern, GlobalTokens):
-        return bool(pattern.positions) and not with_projections
-    members = getattr(pattern, "members", ())
-    return any(names_global_tokens(member, with_projections=with_projections) for member in members)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.attention import names_global_tokens
+from hf_sparse.global_rows import names_global_tokens
 from hf_sparse.patterns import Pattern
 
 _FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
