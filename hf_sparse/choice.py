@@ -70,7 +70,7 @@ def explain(
     if choice.backend != "gather":
         return choice
     plan = cached_plan(pattern, scope, None, (), "all", True)
-    scores, calls = plan.count_work()
+    scores, _, calls = plan.count_work()
     if plan.is_whole:
         return Choice(
             "gather", f"one call over {n} x {n} pairs under the pattern's mask, faster than blocks at this length"

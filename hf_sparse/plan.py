@@ -17,7 +17,7 @@ from hf_sparse.tiles import KEPT_MASK, Gather, Group, Mask, Plan, Run, Tile
 # score elements of one kernel call: bounds the memory of backends that hold scores
 MAX_SCORES = 1 << 21
 # of one call over blocks, whose scores are to stay in the cache where a backend holds them
-BLOCK_SCORES = 1 << 19
+BLOCK_SCORES = 1 << 20
 
 
 def make_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] = (), rows: str = "all") -> Plan:
@@ -65,18 +65,20 @@ def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, 
     return Plan(scope.length, tuple(groups))
 
 
-# the longest sequence that may run whole, and what was measured on two CPU cores for the ratio of the costs: a score of a small
-# tile against one of a whole sequence, and a call, in scores
+# the longest sequence that may run whole
 MOST_WHOLE = 1024
-_SCORE_COST, _CALL_COST = 1.25, 30_000
+# measured on two CPU cores, in scores of dense attention: a score of a whole sequence under its mask, of blocks that lie beside
+# the query, of blocks named by index; and a call. `make bench` shows what comes of it.
+WHOLE_COST, SCORE_COST, GATHER_COST, CALL_COST = 1.15, 1.3, 2.2, 60_000
 
 
 def is_faster_whole(plan: Plan, heads: int) -> bool:
     """Say whether a sequence runs faster in one tile than in the tiles of a plan."""
     if plan.length > MOST_WHOLE:
         return False
-    scores, calls = plan.count_work()
-    return heads * plan.length**2 < _SCORE_COST * scores + _CALL_COST * calls
+    scores, gathered, calls = plan.count_work()
+    cost = SCORE_COST * (scores - gathered) + GATHER_COST * gathered + CALL_COST * calls
+    return WHOLE_COST * heads * plan.length**2 < cost
 
 
 def covers_all(part: Part, scope: Scope) -> bool:
@@ -222,7 +224,8 @@ class _GroupBuilder:
         clean = excluded_before[high.clamp(max=tokens)] == excluded_before[low.clamp(min=0)]
         same = all(isinstance(other, Window) for other in earlier) and block * width <= MAX_SCORES
         shared = (inside & clean).tolist() if same else [False] * len(start)
-        longest = max(1, BLOCK_SCORES // (block * width))
+        # a stretch of fewer blocks than two in each piece whose windows lie apart runs block by block, for many heads at once
+        shortest = 2 * -(-width // block)
         run_mask: Mask | str | None = "unknown"
         i = 0
         while i < len(shared):
@@ -232,13 +235,21 @@ class _GroupBuilder:
                 i += 1
                 continue
             stop = i
-            while stop < len(shared) and shared[stop] and stop - i < longest:
+            while stop < len(shared) and shared[stop]:
                 stop += 1
             if isinstance(run_mask, str):
                 q = offset + step * torch.arange(first, first + block)
                 k = offset + step * torch.arange(first - back, first - back + width)
                 run_mask = _mask_unless_full(self._rule(part, earlier, q, k))
-            yield Run(offset, step, first, stop - i, block, back, width, run_mask, not earlier)
+            if stop - i >= shortest:
+                yield Run(offset, step, first, stop - i, block, block, back, width, run_mask, not earlier)
+            else:
+                for a in range(first, stop * block, block):
+                    at = [
+                        slice(offset + step * b, offset + step * (b + n - 1) + 1, step)
+                        for b, n in ((a, block), (a - back, width))
+                    ]
+                    yield Tile(at[0], at[1], run_mask, not earlier)
             i = stop
 
     def _trimmed(
@@ -260,8 +271,8 @@ class _GroupBuilder:
                 q = offset + step * torch.arange(a, b)
                 k = offset + step * torch.arange(part_low, part_high)
                 mask = self._lazy_mask(part, earlier, q, k)
-                q_slice = slice(offset + step * a, offset + step * (b - 1) + 1, step)
-                k_slice = slice(offset + step * part_low, offset + step * (part_high - 1) + 1, step)
+                q_slice = _every(offset, step, a, b - a)
+                k_slice = _every(offset, step, part_low, part_high - part_low)
                 yield Tile(q_slice, k_slice, mask, not earlier and part_low == low)
 
     def _lazy_mask(self, part: Part, earlier: Sequence[Part], q: Tensor, k: Tensor) -> Mask | None:
@@ -353,9 +364,15 @@ class _GroupBuilder:
 
 def _window_block(tokens: int, reach: int) -> int:
     """Return the queries of a block for a window that reads ``reach`` keys beside the query."""
-    if reach >= 2 * (tokens - 1) or reach >= tokens:
+    if reach >= 2 * (tokens - 1):
         return min(tokens, 256)
-    return min(tokens, 64)
+    # larger blocks read more than they need, but a short sequence has too few small ones
+    return min(tokens, 128 if reach >= 256 and tokens <= 2048 else 64)
+
+
+def _every(offset: int, step: int, first: int, count: int) -> slice:
+    """Return ``count`` tokens of ``tokens[offset::step]`` from ``first`` on, as a slice of all tokens."""
+    return slice(offset + step * first, offset + step * (first + count - 1) + 1, step)
 
 
 def _on_head(allowed: Tensor, head: int) -> Tensor:

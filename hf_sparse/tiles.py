@@ -4,8 +4,9 @@ A tile is one dense attention call: some queries against some keys, with a mask 
 tiles of a plan do not overlap, so merging their outputs by logsumexp is exact and a pair counts once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ class Mask:
     def __init__(self, make: Callable[[], Tensor], keep: int = KEPT_MASK) -> None:
         self._make, self._keep = make, keep
         self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._of_heads: dict[tuple[int, int], Mask] = {}
 
     def boolean(self) -> Tensor:
         """Return bool ``[..., T, S]`` on the CPU; True where the query reads the key."""
@@ -40,19 +40,11 @@ class Mask:
 
         return self._kept_or("additive", like.dtype, like.device, make)
 
-    def empty_rows(self, device: torch.device) -> Tensor | None:
-        """Return bool ``[..., T]``, True for queries that read nothing, or None where there are none."""
-        empty = self._kept_or("empty", torch.bool, device, lambda: (~self.boolean().any(-1)).to(device))
-        has_some = self._kept_or("has_empty", torch.bool, torch.device("cpu"), lambda: empty.any().cpu())
-        return empty if bool(has_some) else None
-
-    def of_heads(self, heads: slice) -> "Mask":
-        """Return the mask of some heads of ``[1, H, T, S]``; a mask that all heads share is returned as it is."""
-        if self.boolean().dim() < 4:
-            return self
-        if (heads.start, heads.stop) not in self._of_heads:
-            self._of_heads[heads.start, heads.stop] = Mask(lambda: self.boolean()[:, heads], self._keep)
-        return self._of_heads[heads.start, heads.stop]
+    @functools.cached_property
+    def empty_rows(self) -> Tensor | None:
+        """Bool ``[..., T]`` on the CPU, True for queries that read nothing; None where there are none."""
+        is_empty = ~self.boolean().any(-1)
+        return is_empty if bool(is_empty.any()) else None
 
     def _kept_or(self, name: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         if (name, dtype, device) in self._kept:
@@ -83,16 +75,15 @@ class Tile:
 
     def scores(self, length: int) -> int:
         """Return the scores computed for one head in a sequence of ``length`` tokens."""
-        counts = [len(range(length)[at]) if isinstance(at, slice) else len(at) for at in (self.q, self.k)]
-        return counts[0] * counts[1]
+        return count(self.q, length) * count(self.k, length)
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Consecutive blocks of queries, each against a window of keys at the same place beside it, read as strided views.
+    """Blocks of queries, each against a window of keys at the same place beside it, read as strided views.
 
-    The sequence is ``tokens[offset::step]``; block i holds the queries from ``first + i * block`` on and reads ``width``
-    keys from ``first + i * block - back`` on. All blocks share one mask ``[block, width]``.
+    The sequence is ``tokens[offset::step]``; block i holds the queries from ``first + i * stride`` on and reads ``width``
+    keys from ``first + i * stride - back`` on. All blocks share one mask ``[block, width]``.
     """
 
     offset: int
@@ -100,6 +91,7 @@ class Run:
     first: int
     blocks: int
     block: int
+    stride: int
     back: int
     width: int
     mask: Mask | None
@@ -108,6 +100,20 @@ class Run:
     def scores(self, _length: int) -> int:
         """Return the scores computed for one head."""
         return self.blocks * self.block * self.width
+
+    def consecutive(self, most: int) -> Iterator["Run"]:
+        """Cut the blocks into pieces of at most ``most`` scores, or of one block."""
+        count = max(1, most // (self.block * self.width))
+        for i in range(0, self.blocks, count):
+            yield replace(self, first=self.first + i * self.stride, blocks=min(count, self.blocks - i))
+
+    def apart(self, most: int) -> Iterator["Run"]:
+        """Cut the blocks into pieces of at most ``most`` scores, or of one block, whose windows do not overlap."""
+        gap = -(-self.width // self.stride)
+        for i in range(min(gap, self.blocks)):
+            blocks = len(range(i, self.blocks, gap))
+            every = replace(self, first=self.first + i * self.stride, blocks=blocks, stride=gap * self.stride)
+            yield from every.consecutive(most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +143,14 @@ class Gather:
         return self.block * self.index.numel() * self.unit
 
 
+Work = Tile | Run | Gather
+
+
+def count(tokens: slice | Tensor, length: int) -> int:
+    """Return how many of ``length`` tokens a slice or positions name."""
+    return len(range(*tokens.indices(length))) if isinstance(tokens, slice) else len(tokens)
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Heads that share their parts, and the work for them.
@@ -149,7 +163,7 @@ class Group:
     """
 
     heads: tuple[int, ...]
-    work: tuple[Tile | Run | Gather, ...]
+    work: tuple[Work, ...]
     rows: Tensor
     invalid: Tensor
 
@@ -170,15 +184,16 @@ class Plan:
             isinstance(work, Tile) and (work.q, work.k) == (everything, everything) for work in works
         )
 
-    def count_work(self) -> tuple[int, int]:
-        """Return how many scores are computed for one row, and about how many kernel calls that takes."""
-        scores = calls = 0
+    def count_work(self) -> tuple[int, int, int]:
+        """Return the scores computed for one row, those among them of keys named by index, and about the kernel calls."""
+        scores = gathered = calls = 0
         for group in self.groups:
             for work in group.work:
-                heads = work.heads if isinstance(work, Gather) else group.heads
-                scores += len(heads) * work.scores(self.length)
-                calls += 1 if isinstance(work, Tile) else len(heads)
-        return scores, calls
+                heads = len(work.heads if isinstance(work, Gather) else group.heads)
+                scores += heads * work.scores(self.length)
+                gathered += heads * work.scores(self.length) if isinstance(work, Gather) else 0
+                calls += 1 if isinstance(work, Tile) else heads
+        return scores, gathered, calls
 
     def count_edges(self) -> int:
         """Return the number of edges over all heads, each once."""

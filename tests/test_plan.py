@@ -95,7 +95,7 @@ def check(case: Case, setting: Setting, *, invalid: tuple[int, ...] = ()) -> Non
 
 
 @both_ways
-@pytest.mark.parametrize("n", [1, 7, 65, 200])
+@pytest.mark.parametrize("n", [1, 7, 65, 200, 331])
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_a_plan_holds_every_edge_once(case: Case, n: int, is_causal: bool) -> None:
     check(case, Setting(n, 1, is_causal))
@@ -129,11 +129,22 @@ def test_a_plan_in_runs_and_slices_holds_every_edge_once(
 def test_the_lengths_above_reach_every_kind_of_work() -> None:
     kinds: dict[str, set[type]] = {}
     for case in CASES:
-        works = [work for group in plan_of(case, Setting(200)).groups for work in group.work]
+        works = [work for group in plan_of(case, Setting(331)).groups for work in group.work]
         kinds[case.name] = {type(work) for work in works}
     assert kinds["band"] == {Tile, Run}
     assert kinds["random"] == {GatherWork}
     assert kinds["union_of_all_atoms"] == {Tile, Run, GatherWork}
+
+
+@pytest.mark.parametrize("most", [1, 500, 10**6])
+def test_a_run_is_cut_into_pieces_that_together_are_the_run(most: int) -> None:
+    run = Run(offset=1, step=2, first=6, blocks=11, block=4, stride=4, back=6, width=13, mask=None, is_first=True)
+    wanted = [6 + 4 * i for i in range(11)]
+    for pieces in (list(run.consecutive(most)), list(run.apart(most))):
+        assert sorted(piece.first + i * piece.stride for piece in pieces for i in range(piece.blocks)) == wanted
+        assert all(piece.blocks == 1 or piece.scores(0) <= most for piece in pieces)
+    for piece in run.apart(most):
+        assert piece.blocks == 1 or piece.stride >= run.width
 
 
 @both_ways

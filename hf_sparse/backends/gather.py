@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.backends.dropout import draw_words
-from hf_sparse.backends.execute import HUGE, Words, run_backward, run_forward
-from hf_sparse.backends.kernels import Kernel, without_autocast
+from hf_sparse.backends.execute import HUGE, inner_products, run_backward, run_forward
+from hf_sparse.backends.kernels import Kernel, fused_backward, fused_forward, without_autocast
+from hf_sparse.backends.lanes import Words
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, parts_of, pattern_from_json
 from hf_sparse.plan import is_faster_whole, make_plan, make_positional_plan, make_whole_plan
@@ -69,15 +70,15 @@ def gather_attention(
         Output ``[B, H, T, Dv]`` in the dtype of the query, and logsumexp ``[B, H, T]`` in float32 (float64 for float64).
     """
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v = (_readable(t, exact) for t in (query, key, value))
+    q, k, v = (t.to(exact) for t in (query, key, value))
     call = _Call(
         pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
     )
-    kernel, words = call.kernel(q, v, scale, dropout), call.words(q, k, seed)
+    kernel, words = Kernel(scale, dropout), call.words(q, k, seed)
     plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
-    single = _single(plans, kernel, q, k)
-    if single is not None:
-        out, lse = kernel.forward(q, k, v, single.mask, None)
+    tile = _whole(plans, q, k, v, dropout)
+    if tile is not None:
+        out, lse = fused_forward(q, k, v, tile.mask, scale)
         return out.to(query.dtype), lse.contiguous()
     out = _by_token(q, value.shape[3]).zero_()
     lse = q.new_full(query.shape[:3], float("-inf"))
@@ -121,33 +122,36 @@ def _gather_backward(
     may_be_whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v, g, o = (_readable(t, exact) for t in (query, key, value, grad_out, out))
+    q, k, v, g, o = (t.to(exact) for t in (query, key, value, grad_out, out))
     # a query that reads nothing has no gradient
     top = lse.masked_fill(lse == float("-inf"), HUGE)
     call = _Call(
         pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
     )
-    kernel, words = call.kernel(q, v, scale, dropout, has_grad_lse=grad_lse is not None), call.words(q, k, seed)
     plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
-    single = _single(plans, kernel, q, k)
-    if single is not None:
-        dq, dk, dv = kernel.backward(g, q, k, v, single.mask, None, o, top, None)
-        return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
-    grads = [_by_token(t, t.shape[3]).zero_() for t in (q, k, v)]
+    tile = None if grad_lse is not None else _whole(plans, q, k, v, dropout)
+    if tile is not None:
+        found = fused_backward(g, q, k, v, o, top, tile.mask, scale)
+        dq, dk, dv = (_laid_out(grad, like) for grad, like in zip(found, (query, key, value), strict=True))
+        return dq, dk, dv
+    kernel, words = Kernel(scale, dropout), call.words(q, k, seed)
+    delta = inner_products(g, o)
+    if grad_lse is not None:
+        delta -= grad_lse
+    grads = [torch.zeros_like(t, dtype=exact) for t in (query, key, value)]
     for batch, q_tokens, k_tokens, plan in plans:
         inputs = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
-        held = g[batch, :, q_tokens], o[batch, :, q_tokens], top[batch, :, q_tokens]
-        held_lse = None if grad_lse is None else grad_lse[batch, :, q_tokens]
+        held = g[batch, :, q_tokens], delta[batch, :, q_tokens], top[batch, :, q_tokens]
         sums = grads[0][batch, :, q_tokens], grads[1][batch, :, k_tokens], grads[2][batch, :, k_tokens]
-        run_backward(plan, kernel, inputs, drawn, (*held, held_lse), sums)
+        run_backward(plan, kernel, inputs, drawn, held, sums)
     dq, dk, dv = (grad.to(query.dtype) for grad in grads)
     return dq, dk, dv
 
 
 @_gather_backward.register_fake
 def _(_grad_out, _grad_lse, query, key, value, *_args):  # type: ignore[no-untyped-def]
-    return tuple(_by_token(t, t.shape[3]) for t in (query, key, value))
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -202,12 +206,6 @@ class _Call:
         self.heads, self.head_offset, self.num_heads = heads, head_offset, num_heads
         self.layer = layer if pattern.varies_by_layer else 0
 
-    def kernel(
-        self, query: Tensor, value: Tensor, scale: float, dropout: float, *, has_grad_lse: bool = False
-    ) -> Kernel:
-        is_fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not (dropout or has_grad_lse)
-        return Kernel(scale, dropout, is_fused)
-
     def words(self, query: Tensor, key: Tensor, seed: Tensor | None) -> Words | None:
         return None if seed is None else draw_words(seed, *query.shape[:3], key.shape[2], query.device)
 
@@ -260,9 +258,17 @@ class _Call:
         return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads)
 
 
-def _single(plans: list[tuple[slice, slice, slice, Plan]], kernel: Kernel, query: Tensor, key: Tensor) -> Tile | None:
-    """Return the tile that is the whole call, if one is and the fused kernel runs it: its results need no merging."""
-    if len(plans) != 1 or not kernel.is_fused or query.shape[1] != key.shape[1]:
+def _whole(
+    plans: list[tuple[slice, slice, slice, Plan]], query: Tensor, key: Tensor, value: Tensor, dropout: float
+) -> Tile | None:
+    """Return the tile that is the whole call, if one is and torch's fused kernel serves it."""
+    if (
+        len(plans) != 1
+        or dropout
+        or query.device.type != "cpu"
+        or query.shape != key.shape
+        or query.shape != value.shape
+    ):
         return None
     batch, tokens, _, plan = plans[0]
     is_all = (batch, tokens) == (slice(0, query.shape[0]), slice(0, query.shape[2]))
@@ -272,13 +278,15 @@ def _single(plans: list[tuple[slice, slice, slice, Plan]], kernel: Kernel, query
     return work if isinstance(work, Tile) else None
 
 
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype and the layout of a gradient of ``like``."""
+    wanted = torch.empty_like(like)
+    if tensor.dtype == wanted.dtype and tensor.stride() == wanted.stride():
+        return tensor
+    return wanted.copy_(tensor)
+
+
 def _by_token(like: Tensor, width: int) -> Tensor:
     """Return an empty ``[B, H, T, width]`` laid out as ``[B, T, H, width]``, which transformers reads and torch writes."""
     batch, heads, tokens = like.shape[:3]
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
-def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in a dtype and with its last dimension dense, as the fused kernel needs it."""
-    tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,8 +1,13 @@
-"""The attention of one tile, forward and backward: torch's fused CPU kernel where it can serve, plain products elsewhere."""
+"""The attention of one tile, forward and backward, in plain products and in units of log 2.
+
+On a CPU the products of blocks of 64 queries run at the speed of large ones, and ``exp2`` is three times as fast as ``exp``:
+together they beat torch's fused kernel at the sizes of tiles.
+"""
 
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +17,8 @@ from hf_sparse.backends.dropout import keep_, kept_bits
 from hf_sparse.tiles import Mask
 
 Result = TypeVar("Result")
+
+LOG2_E = math.log2(math.e)
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -32,6 +39,21 @@ def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
+class Scratch:
+    """Buffers that the tiles of one call share: memory that is asked for anew costs as much as what is done in it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return an unfilled tensor that is good until the same name is asked for again."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """Attention of single tiles.
@@ -39,39 +61,55 @@ class Kernel:
     Attributes:
         scale: factor of the scores.
         dropout: probability of dropping an attention probability, from 0 up to but not including 1.
-        is_fused: whether torch's fused kernel runs them, which holds no scores.
+        scratch: where scores are held.
     """
 
     scale: float
     dropout: float
-    is_fused: bool
+    scratch: Scratch = field(default_factory=Scratch)
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by before they reach the kernel: their scores are then in units of log 2."""
+        return self.scale * LOG2_E
+
+    @property
+    def grad_factor(self) -> float:
+        """What gradients of the output are multiplied by before they reach the kernel."""
+        return 1 / (1 - self.dropout)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, words: tuple[Tensor, Tensor] | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, words: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
         Args:
-            query: float ``[X, H, T, D]``.
-            key: float ``[X, H, S, D]``.
-            value: float ``[X, H, S, Dv]``.
-            mask: bool, broadcastable to ``[X, H, T, S]`` once a head axis is put before the last two.
-            words: of the dropout, for queries ``[X, H, T]`` and keys, broadcastable to ``[X, H, S]``; None without it.
+            query: float ``[X, T, D]``, multiplied by ``query_factor``.
+            key: float ``[X, S, D]``.
+            value: float ``[X, S, Dv]``.
+            mask: 0 or -inf, added to the scores: ``[T, S]`` or ``[X, T, S]``; None where every pair is an edge.
+            words: of the dropout, for queries ``[X, T]`` and keys, broadcastable to ``[X, S]``; None without it.
 
         Returns:
-            Output ``[X, H, T, Dv]``, 0 for a query that reads nothing, and logsumexp ``[X, H, T]``, -inf there.
+            Output ``[X, T, Dv]``, 0 for a query that reads nothing, and logsumexp ``[X, T]``, -inf there. Good until the
+            next call.
         """
-        empty = None if mask is None else mask.empty_rows(query.device)
-        if self.is_fused:
-            bias = None if mask is None else _spread(mask.additive(query), 2)
-            out, lse = _fused_forward(query, key, value, 0.0, False, attn_mask=bias, scale=self.scale)
-            # the fused kernel reports 0 for a row without keys
-            return out, lse if empty is None else lse.masked_fill(_spread(empty, 1), float("-inf"))
-        probabilities, lse = self._probabilities(query, key, mask, empty)
-        if words is None:
-            return probabilities @ value, lse
-        keep_(probabilities, kept_bits(*words, self.dropout, probabilities.dtype))
-        return (probabilities @ value).mul_(1 / (1 - self.dropout)), lse
+        scores = self._hold("scores", query, key)
+        if mask is None:
+            torch.bmm(query, key.transpose(1, 2), out=scores)
+        else:
+            torch.baddbmm(mask, query, key.transpose(1, 2), out=scores)
+        # finite, so that a row of -inf stays one
+        top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)
+        total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
+        if words is not None:
+            keep_(scores, kept_bits(*words, self.dropout, scores.dtype))
+        out = self.scratch.take("out", (*query.shape[:2], value.shape[2]), query)
+        torch.bmm(scores, value, out=out)
+        # the largest score counts 1, so only an empty row has less
+        out.mul_(1 / (total.clamp_min(1.0) * (1 - self.dropout)))
+        lse = total.log2_().add_(top).mul_(1 / LOG2_E)
+        return out, lse[..., 0]
 
     def backward(
         self,
@@ -79,66 +117,93 @@ class Kernel:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Mask | None,
+        mask: Tensor | None,
         words: tuple[Tensor, Tensor] | None,
-        out: Tensor,
+        delta: Tensor,
         lse: Tensor,
-        grad_lse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of query, key and value of one tile.
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the gradients of one tile are products of.
 
         Args:
-            grad_out: gradient of the whole output at these queries, ``[X, H, T, Dv]``.
+            grad_out: gradient of the whole output at these queries, ``[X, T, Dv]``, multiplied by ``grad_factor``.
             query: as in ``forward``.
             key: as in ``forward``.
             value: as in ``forward``.
             mask: as in ``forward``.
             words: as in ``forward``.
-            out: the output merged over all tiles.
-            lse: the logsumexp merged over all tiles; for a query that gets no gradient a huge number.
-            grad_lse: gradient of the merged logsumexp ``[X, H, T]``, or None; the fused kernel takes none.
+            delta: ``[X, T]``, the sum of the gradient of the output times the merged output, less the gradient of the
+                logsumexp.
+            lse: the logsumexp merged over all tiles ``[X, T]``; for a query that gets no gradient a huge number.
+
+        Returns:
+            The gradient of the scores ``[X, T, S]``: times the keys and ``scale`` it is the gradient of the queries;
+            transposed, times the queries as they are given here and over ``LOG2_E``, that of the keys. And the probabilities
+            that were kept ``[X, T, S]``: transposed, times the gradient as it is given here, they are that of the values.
+            Good until the next call.
         """
-        if self.is_fused:
-            bias = None if mask is None else _spread(mask.additive(query), 2)
-            return _fused_backward(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=self.scale)
-        empty = None if mask is None else mask.empty_rows(query.device)
-        probabilities, own_lse = self._probabilities(query, key, mask, empty)
-        probabilities.mul_((own_lse - lse).exp_()[..., None])
-        delta = (grad_out * out).sum(-1)
-        if grad_lse is not None:
-            delta -= grad_lse
-        if words is None:
-            grad_value = probabilities.transpose(-1, -2) @ grad_out
-            grad_scores = grad_out @ value.transpose(-1, -2)
+        probabilities = self._hold("scores", query, key)
+        top = lse[..., None] * LOG2_E
+        if mask is None:
+            probabilities.copy_((-top).expand_as(probabilities))
         else:
-            bits = kept_bits(*words, self.dropout, probabilities.dtype)
-            scaled = grad_out * (1 / (1 - self.dropout))
-            grad_value = keep_(probabilities.clone(), bits).transpose(-1, -2) @ scaled
-            grad_scores = keep_(scaled @ value.transpose(-1, -2), bits)
-        grad_scores.sub_(delta[..., None]).mul_(probabilities)
-        grad_query, grad_key = grad_scores @ key, grad_scores.transpose(-1, -2) @ query
-        return grad_query.mul_(self.scale), grad_key.mul_(self.scale), grad_value
+            torch.sub(mask, top, out=probabilities)
+        probabilities.baddbmm_(query, key.transpose(1, 2)).exp2_()
+        grad_scores = self._hold("grad_scores", query, key)
+        if words is None:
+            grad_scores.copy_((-delta)[..., None].expand_as(grad_scores))
+            grad_scores.baddbmm_(grad_out, value.transpose(1, 2)).mul_(probabilities)
+            return grad_scores, probabilities
+        bits = kept_bits(*words, self.dropout, probabilities.dtype)
+        torch.bmm(grad_out, value.transpose(1, 2), out=grad_scores)
+        keep_(grad_scores, bits).sub_(delta[..., None]).mul_(probabilities)
+        return grad_scores, keep_(probabilities, bits)
 
-    def _probabilities(
-        self, query: Tensor, key: Tensor, mask: Mask | None, empty: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the softmax of the scores ``[X, H, T, S]``, 0 in empty rows, and their logsumexp."""
-        scores = (query * self.scale) @ key.transpose(-1, -2)
-        if mask is not None:
-            scores += _spread(mask.additive(scores), 2)
-        top = scores.amax(-1)
-        probabilities = torch.softmax(scores, -1)
-        # the largest probability is 1 / sum(exp(score - top)): two passes fewer than logsumexp takes
-        lse = top - probabilities.amax(-1).log_()
-        if empty is not None:
-            spread = _spread(empty, 1)
-            probabilities.masked_fill_(spread[..., None], 0.0)
-            lse.masked_fill_(spread, float("-inf"))
-        return probabilities, lse
+    def _hold(self, name: str, query: Tensor, key: Tensor) -> Tensor:
+        return self.scratch.take(name, (*query.shape[:2], key.shape[1]), query)
 
 
-def _spread(mask: Tensor, last: int) -> Tensor:
-    """Return a mask with the axes of blocks and heads before its last ones: shared, of blocks, or of blocks and heads."""
-    if mask.dim() == last:
-        return mask[None, None]
-    return mask if mask.dim() == last + 2 else mask[:, None]
+def fused_forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend by torch's fused CPU kernel, which is the faster one for a whole short sequence.
+
+    Args:
+        query: float ``[B, H, T, D]``.
+        key: float ``[B, H, S, D]``.
+        value: float ``[B, H, S, D]``.
+        mask: of ``[T, S]`` or ``[1, H, T, S]``; None where every pair is an edge.
+        scale: factor of the scores.
+
+    Returns:
+        Output ``[B, H, T, D]``, 0 for a query that reads nothing, and logsumexp ``[B, H, T]``, -inf there.
+    """
+    bias = _term(mask, query)
+    out, lse = _fused_forward(*(_dense(t) for t in (query, key, value)), 0.0, False, attn_mask=bias, scale=scale)
+    if mask is not None and mask.empty_rows is not None:
+        # the kernel reports 0 for a row without keys
+        lse = lse.masked_fill(mask.empty_rows, float("-inf"))
+    return out, lse
+
+
+def fused_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value; arguments as for ``fused_forward``, and what that returned."""
+    tensors = (_dense(t) for t in (grad_out, query, key, value, out))
+    return _fused_backward(*tensors, lse, 0.0, False, attn_mask=_term(mask, query), scale=scale)
+
+
+def _term(mask: Mask | None, like: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    term = mask.additive(like)
+    return term if term.dim() == 4 else term[None, None]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

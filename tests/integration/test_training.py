@@ -56,7 +56,9 @@ def test_every_weight_gets_a_gradient_with_and_without_global_tokens() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.key)
-def test_a_compiled_model_equals_the_plain_one_and_does_not_recompile_by_length(pattern: Any) -> None:
+def test_a_compiled_model_equals_the_plain_one_and_does_not_recompile_by_length(
+    pattern: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = hf_sparse.sparsify_(tiny_model("Bert", "ForMaskedLM"), pattern)
     graphs = []
 
@@ -66,6 +68,8 @@ def test_a_compiled_model_equals_the_plain_one_and_does_not_recompile_by_length(
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counting, fullgraph=True, dynamic=True)
+    # a compiled graph projects every token, where the plain call would fold the rows of a few global tokens
+    monkeypatch.setattr("hf_sparse.attention.can_fold", lambda state: False)
     for tokens in (33, 40, 57, 64, 100):
         batch = tiny_batch(tokens)
         want, gradients = loss_and_gradients(model, batch)
