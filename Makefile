@@ -1,15 +1,18 @@
 # make demo      installs what the demo needs and runs it
 # make test      installs what the tests need, lints, checks types, runs the tests
 # make test-all  the same and the slow tests
+# make bench     installs what the benchmark needs and runs it; MODE=full for all of it, DEVICE=cuda on a GPU
 #
 # TORCH_INDEX=<address> takes torch, at the version of constraints.txt, from that package index first: the way to a CPU build on
 # machines where the pin alone would fetch the CUDA packages.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint
+.PHONY: demo bench test test-all lint
 
 TORCH_INDEX ?=
-TEST_EXTRAS := dev,demo,plot
+TEST_EXTRAS := dev,demo,bench
+MODE ?= quick
+DEVICE ?= cpu
 
 PYTHON := .venv/bin/python
 # Bytecode is written at the first import, for what is imported: compiling all that is installed takes half a minute longer.
@@ -22,20 +25,23 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/.installed-demo
 	.venv/bin/hf-sparse demo
 
+bench: .venv/.installed-bench
+	.venv/bin/hf-sparse bench --mode $(MODE) --device $(DEVICE)
+
 test: lint
 	$(PYTHON) -m pytest
 
 test-all: lint
 	$(PYTHON) -m pytest -m "not gpu"
 
-# mypy names a module by its folder, and conversion/ and recipes/ install under another one: it gets a tree of links with the
+# mypy names a module by its folder, and the folders beside the package install under another one: it gets a tree of links with the
 # installed names.
 lint: .venv/.installed-$(TEST_EXTRAS)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	rm -rf build/typed
 	mkdir -p build/typed/hf_sparse
-	ln -s "$(CURDIR)"/hf_sparse/* "$(CURDIR)/conversion" "$(CURDIR)/recipes" build/typed/hf_sparse
+	ln -s "$(CURDIR)"/hf_sparse/* "$(CURDIR)/conversion" "$(CURDIR)/recipes" "$(CURDIR)/benchmarks" build/typed/hf_sparse
 	cd build/typed && "$(CURDIR)/$(PYTHON)" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 # One stamp per set of extras: installing again waits for a change of what is to be installed.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from hf_sparse.benchmarks.command import bench_command
 from hf_sparse.console import PATTERN_HELP, SET_HELP, make_app, read_pattern, run
 from hf_sparse.conversion.command import convert_command
 
@@ -21,6 +22,7 @@ _MOST_DRAWN = 4096
 
 app = make_app()
 app.command("convert")(convert_command)
+app.command("bench")(bench_command)
 
 
 def main() -> NoReturn:

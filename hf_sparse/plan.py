@@ -50,17 +50,20 @@ def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, 
     groups = []
     for held, heads in _by_parts(parts, scope.heads):
         differ = any(isinstance(part, BlockTable) and part.table.shape[0] > 1 for part in held)
-        drawn = edge_mask(
-            tuple(parts) if differ else tuple(dataclasses.replace(part, heads=None) for part in held),
-            position[:, None],
-            position[None, :],
-            heads=scope.heads if differ else 1,
-            is_causal=scope.is_causal,
-            rows=rows,
-        )
-        drawn = drawn[list(heads)][None] if differ else drawn[0]
-        drawn &= is_real[:, None] & is_real
-        mask = None if bool(drawn.all()) else Mask(lambda drawn=drawn: drawn, keep=drawn.numel())  # type: ignore[misc]
+
+        def draw(held: list[Part] = held, heads: tuple[int, ...] = heads, differ: bool = differ) -> Tensor:
+            drawn = edge_mask(
+                tuple(parts) if differ else tuple(dataclasses.replace(part, heads=None) for part in held),
+                position[:, None],
+                position[None, :],
+                heads=scope.heads if differ else 1,
+                is_causal=scope.is_causal,
+                rows=rows,
+            )
+            return (drawn[list(heads)][None] if differ else drawn[0]) & is_real[:, None] & is_real
+
+        drawn = draw()
+        mask = None if bool(drawn.all()) else Mask(draw, keep=drawn.numel(), is_compact=differ)
         groups.append(Group(heads, (Tile(everything, everything, mask, True),), nothing, nothing))
     return Plan(scope.length, tuple(groups))
 

@@ -21,24 +21,31 @@ class Mask:
     Args:
         make: returns bool ``[..., T, S]`` on the CPU.
         keep: the most elements that are kept.
+        is_compact: keep a large mask as a bfloat16 term of the scores alone; 0 and -inf are exact in it.
     """
 
-    def __init__(self, make: Callable[[], Tensor], keep: int = KEPT_MASK) -> None:
-        self._make, self._keep = make, keep
+    def __init__(self, make: Callable[[], Tensor], keep: int = KEPT_MASK, *, is_compact: bool = False) -> None:
+        self._make, self._keep, self.is_compact = make, keep, is_compact
         self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def boolean(self) -> Tensor:
         """Return bool ``[..., T, S]`` on the CPU; True where the query reads the key."""
+        if self.is_compact:
+            return self._make()
         return self._kept_or("boolean", torch.bool, torch.device("cpu"), self._make)
 
     def additive(self, like: Tensor) -> Tensor:
-        """Return the mask as a term of the scores, 0 where True and -inf elsewhere, on the device and in the dtype given."""
+        """Return the mask as a term of the scores, 0 where True and -inf elsewhere, on the device and in the dtype given.
+
+        A compact mask comes in bfloat16.
+        """
+        dtype = torch.bfloat16 if self.is_compact else like.dtype
 
         def make() -> Tensor:
             mask = self.boolean()
-            return torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(~mask, float("-inf")).to(like.device)
+            return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf")).to(like.device)
 
-        return self._kept_or("additive", like.dtype, like.device, make)
+        return self._kept_or("additive", dtype, like.device, make)
 
     @functools.cached_property
     def empty_rows(self) -> Tensor | None:

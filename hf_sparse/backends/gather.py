@@ -79,7 +79,7 @@ def gather_attention(
     tile = _whole(plans, q, k, v, dropout)
     if tile is not None:
         out, lse = fused_forward(q, k, v, tile.mask, scale)
-        return out.to(query.dtype), lse.contiguous()
+        return _laid_out(out, _by_token(query, value.shape[3])), lse.contiguous()
     out = _by_token(q, value.shape[3]).zero_()
     lse = q.new_full(query.shape[:3], float("-inf"))
     for batch, q_tokens, k_tokens, plan in plans:
@@ -171,7 +171,7 @@ def _autograd_backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 gather_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def cached_plan(
     pattern: Pattern,
     scope: Scope,

@@ -6,7 +6,7 @@ together they beat torch's fused kernel at the sizes of tiles.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -175,8 +175,12 @@ def fused_forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, 
     Returns:
         Output ``[B, H, T, D]``, 0 for a query that reads nothing, and logsumexp ``[B, H, T]``, -inf there.
     """
-    bias = _term(mask, query)
-    out, lse = _fused_forward(*(_dense(t) for t in (query, key, value)), 0.0, False, attn_mask=bias, scale=scale)
+    tensors = [_dense(t) for t in (query, key, value)]
+    parts = [
+        _fused_forward(*(t[:, heads] for t in tensors), 0.0, False, attn_mask=term, scale=scale)
+        for heads, term in _terms(mask, query)
+    ]
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat(held, 1) for held in zip(*parts, strict=True))
     if mask is not None and mask.empty_rows is not None:
         # the kernel reports 0 for a row without keys
         lse = lse.masked_fill(mask.empty_rows, float("-inf"))
@@ -194,15 +198,28 @@ def fused_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value; arguments as for ``fused_forward``, and what that returned."""
-    tensors = (_dense(t) for t in (grad_out, query, key, value, out))
-    return _fused_backward(*tensors, lse, 0.0, False, attn_mask=_term(mask, query), scale=scale)
+    tensors = [*(_dense(t) for t in (grad_out, query, key, value, out)), lse]
+    parts = [
+        _fused_backward(*(t[:, heads] for t in tensors), 0.0, False, attn_mask=term, scale=scale)
+        for heads, term in _terms(mask, query)
+    ]
+    dq, dk, dv = parts[0] if len(parts) == 1 else (torch.cat(held, 1) for held in zip(*parts, strict=True))
+    return dq, dk, dv
 
 
-def _term(mask: Mask | None, like: Tensor) -> Tensor | None:
+def _terms(mask: Mask | None, like: Tensor) -> Iterator[tuple[slice, Tensor | None]]:
+    """Yield heads and their mask as a term of the scores: all at once, or as many as there are threads at a time."""
     if mask is None:
-        return None
-    term = mask.additive(like)
-    return term if term.dim() == 4 else term[None, None]
+        yield slice(None), None
+    elif not mask.is_compact:
+        term = mask.additive(like)
+        yield slice(None), term if term.dim() == 4 else term[None, None]
+    else:
+        term, step = mask.additive(like), max(2, torch.get_num_threads())
+        buffer = torch.empty(1, step, *term.shape[2:], dtype=like.dtype)
+        for first in range(0, term.shape[1], step):
+            held = term[:, first : first + step]
+            yield slice(first, first + step), buffer[:, : held.shape[1]].copy_(held)
 
 
 def _dense(tensor: Tensor) -> Tensor:

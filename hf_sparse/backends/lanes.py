@@ -14,6 +14,9 @@ from hf_sparse.tiles import Gather, Mask, Run, Tile, Work
 
 Words = tuple[Tensor, Tensor]
 
+# keys of all heads together whose gradient is first computed apart
+MOST_COPIED = 1 << 14
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -61,7 +64,8 @@ class Sheet:
             return term
         heads = self.heads.stop - self.heads.start
         rows = len(range(*self.rows.indices(like.shape[0])))
-        return term[:, self.first : self.first + heads].expand(rows, -1, -1, -1).flatten(0, 1)
+        term = term[:, self.first : self.first + heads].expand(rows, -1, -1, -1)
+        return term.flatten(0, 1).to(like.dtype)
 
     def words(self, _piece: Work, words: Words | None) -> Words | None:
         """Return the words of the dropout of a piece."""
@@ -94,11 +98,15 @@ class Sheet:
         """Add a factor times the product of weights ``[X, T, S]``, transposed, and queries to the keys of a piece."""
         held, heads, weights = total[self.rows], self._key_heads(total), weights.transpose(1, 2)
         at = held[:, :, self.work.k]
-        if isinstance(heads, slice) and len(at) == 1:
+        if isinstance(heads, slice) and len(at) == 1 and weights.shape[0] * weights.shape[1] > MOST_COPIED:
+            # head by head, without a copy of a long row of keys
             at[0, heads].baddbmm_(weights, queries, alpha=factor)
         else:
             product = _product(weights, queries, self.scratch).unflatten(0, (len(at), -1))
-            at.index_add_(1, torch.arange(at.shape[1])[heads].to(at.device), product, alpha=factor)
+            if isinstance(heads, slice):
+                at[:, heads].add_(product, alpha=factor)
+            else:
+                at.index_add_(1, heads, product, alpha=factor)
         if isinstance(self.work.k, Tensor):
             held[:, :, self.work.k] = at
 
@@ -208,8 +216,9 @@ def _product(left: Tensor, right: Tensor, scratch: Scratch) -> Tensor:
 
 def _windows(tokens: Tensor, first: int, blocks: int, stride: int, width: int) -> Tensor:
     """Return ``[blocks, width, ...]``: a window of ``[n, ...]`` at each multiple of the stride from ``first`` on, as a view."""
-    windows = tokens[first : first + (blocks - 1) * stride + width].unfold(0, width, stride)
-    return windows.movedim(-1, 1)
+    step, *rest = tokens.stride()
+    shape, strides = (blocks, width, *tokens.shape[1:]), (stride * step, step, *rest)
+    return tokens.as_strided(shape, strides, tokens.storage_offset() + first * step)
 
 
 def _units(work: Gather, tokens: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""Attention alone: every pattern beside dense attention and the peers that take query, key and value."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import hf_sparse
+from hf_sparse.benchmarks.timing import Cell
+from hf_sparse.patterns import Pattern
+
+HEADS, WIDTH = 12, 64
+DROPOUT = 0.1
+FORWARD, BOTH = "forward", "forward+backward"
+DENSE = "dense SDPA"
+# the longest lengths that dense attention is run for: forward, forward and backward, with dropout
+DENSE_LIMITS = {
+    ("cpu", "quick"): (4096, 4096, 1024),
+    ("cpu", "full"): (32768, 16384, 4096),
+    ("cuda", "quick"): (16384, 16384, 16384),
+    ("cuda", "full"): (131072, 131072, 131072),
+}
+
+
+def patterns_at(n: int) -> dict[str, Pattern]:
+    """Return the patterns that are timed at a length, by the name of their row."""
+    make = hf_sparse.pattern
+    stride = round(n**0.5)
+    return {
+        "longformer, window 512 + CLS": make("longformer", window=512, global_tokens=(0,)),
+        "bigbird, block 64, 3 random": make("bigbird", block_size=64, num_random_blocks=3),
+        "band, radius 256": make("band", radius=256),
+        "dilated, radius 64, dilation 4": make("dilated", radius=64, dilation=4),
+        "strided, stride sqrt(N)": make("strided", stride=stride),
+        "block_local, block 512": make("block_local", block_size=512),
+        "global, 16 tokens": make("global", positions=tuple(range(16))),
+        "random, block 64, 3 random": make("random", block_size=64, num_random_blocks=3),
+    }
+
+
+def tensors_at(n: int, device: str) -> tuple[list[Tensor], Tensor]:
+    """Return query, key and value ``[1, H, n, D]``, and a gradient of the output; float32 on the CPU, bfloat16 on CUDA."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    *leaves, grad = (
+        torch.randn(1, HEADS, n, WIDTH, generator=generator).to(device=device, dtype=dtype) for _ in range(4)
+    )
+    return [leaf.requires_grad_() for leaf in leaves], grad
+
+
+def run_once(attend: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor, what: str) -> None:
+    """Run forward, or forward and backward."""
+    if what == FORWARD:
+        with torch.no_grad():
+            attend(*leaves)
+        return
+    for leaf in leaves:
+        leaf.grad = None
+    attend(*leaves).backward(grad)
+
+
+def cells_at(n: int, device: str, mode: str) -> Iterator[Cell]:
+    """Yield what is timed at a length."""
+    forward, both, dropped = DENSE_LIMITS[device, mode]
+    leaves, grad = tensors_at(n, device)
+    for what in (FORWARD, BOTH):
+        for dropout in (0.0, DROPOUT):
+            facts: dict[str, Any] = {"section": "attention", "n": n, "dropout": dropout}
+            if n <= (dropped if dropout else {FORWARD: forward, BOTH: both}[what]):
+                dense: Any = functools.partial(scaled_dot_product_attention, dropout_p=dropout)
+                yield _cell(DENSE, dense, leaves, grad, what, {**facts, "density": 1.0})
+            for name, pattern in patterns_at(n).items():
+                attend: Any = functools.partial(hf_sparse.sparse_attention, pattern=pattern, dropout=dropout)
+                said = str(hf_sparse.explain(pattern, n, heads=HEADS, dropout=dropout, device=device))
+                density = pattern.density(n, heads=HEADS)
+                yield _cell(name, attend, leaves, grad, what, {**facts, "density": density, "ran": said})
+            if not dropout:
+                for name, peer in _peers(n, device):
+                    yield _cell(name, peer, leaves, grad, what, facts)
+
+
+def _cell(
+    name: str, attend: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor, what: str, facts: dict[str, Any]
+) -> Cell:
+    return Cell(name, what, functools.partial(run_once, attend, leaves, grad, what), facts)
+
+
+def _peers(n: int, device: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Yield the peers of ``band`` that serve a length."""
+    if device == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends = torch.tensor([0, n], dtype=torch.int32, device=device)
+
+        def flash_window(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+            out: Any = varlen_attn(q, k, v, ends, ends, n, n, window_size=(256, 256))
+            return out.transpose(0, 1)[None]
+
+        yield "FlashAttention window (varlen_attn), radius 256", flash_window
+    elif 512 <= n <= 16384:
+        from local_attention import LocalAttention
+
+        local = LocalAttention(
+            window_size=256, look_backward=1, look_forward=1, exact_windowsize=True, use_rotary_pos_emb=False
+        )
+        yield "local-attention (PyPI), window 256 to each side", local
