@@ -1,6 +1,8 @@
 """Attention alone: every pattern beside dense attention and the peers that take query, key and value."""
 
 import functools
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,8 +11,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_sparse
+from hf_sparse.backends.flex_blocks import cached_layout
+from hf_sparse.backends.gather import cached_plan
 from hf_sparse.benchmarks.timing import Cell
-from hf_sparse.patterns import Pattern
+from hf_sparse.parts import Scope
+from hf_sparse.patterns import Pattern, parts_of
+from hf_sparse.segments import Segment
 
 HEADS, WIDTH = 12, 64
 DROPOUT = 0.1
@@ -60,6 +66,24 @@ def run_once(attend: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor, 
     for leaf in leaves:
         leaf.grad = None
     attend(*leaves).backward(grad)
+
+
+def plan_rows(n: int, device: str) -> Iterator[dict[str, Any]]:
+    """Yield how long it takes to plan each pattern at a length when nothing of it is known yet; a plan is then kept."""
+    scope = Scope(n, HEADS, num_heads=HEADS)
+    for name, pattern in patterns_at(n).items():
+        taken = []
+        for _ in range(3):
+            parts_of.cache_clear()
+            start = time.perf_counter()
+            if device == "cuda":
+                segments = (Segment(0, 0, n),)
+                cached_layout.__wrapped__(pattern, scope, segments, 1, 1, "all", torch.device(device))
+                torch.cuda.synchronize()
+            else:
+                cached_plan.__wrapped__(pattern, scope, None, (), "all", True)
+            taken.append(time.perf_counter() - start)
+        yield {"section": "plan", "name": name, "n": n, "seconds": statistics.median(taken)}
 
 
 def cells_at(n: int, device: str, mode: str) -> Iterator[Cell]:

@@ -36,7 +36,8 @@ FREE = "no_attention"
 
 OURS_LONGFORMER, THEIRS_LONGFORMER = "hf_sparse longformer", "HF LongformerModel"
 OURS_BIGBIRD, THEIRS_BIGBIRD = "hf_sparse bigbird", "HF BigBirdModel (training mode)"
-DENSE_MODEL, FREE_MODEL = "dense RoBERTa, SDPA", "the same, attention removed"
+DENSE_MODEL = "dense RoBERTa, SDPA"
+FREE_ROBERTA, FREE_BERT = "RoBERTa, attention removed", "BERT, attention removed"
 FLEX_MODEL = "dense RoBERTa, FlexAttention as transformers ships it"
 
 
@@ -63,8 +64,7 @@ class Models:
         }
         roberta = RobertaModel(RobertaConfig(**sizes), add_pooling_layer=False)
         # the in-tree random plan is drawn for as many positions as the config has
-        more = {"hidden_act": "gelu_new", "max_position_embeddings": max(4096, n)}
-        bert = BertModel(BertConfig(**{**sizes, **more}), add_pooling_layer=False)
+        bert = BertModel(BertConfig(**{**sizes, "max_position_embeddings": max(4096, n)}), add_pooling_layer=False)
         longformer = hf_sparse.pattern("longformer", window=WINDOW, global_tokens=(0,))
         bigbird = hf_sparse.pattern("bigbird", block_size=BLOCK, num_random_blocks=RANDOM)
         self.ids = torch.randint(5, 1000, (1, n), device=device)
@@ -72,7 +72,8 @@ class Models:
         self.first[:, 0] = 1
         self.models: dict[str, Any] = {
             DENSE_MODEL: roberta,
-            FREE_MODEL: without_attention(roberta),
+            FREE_ROBERTA: without_attention(roberta),
+            FREE_BERT: without_attention(bert),
             OURS_LONGFORMER: converted(roberta, longformer),
             THEIRS_LONGFORMER: in_tree_longformer(roberta, n),
             OURS_BIGBIRD: converted(bert, bigbird),

@@ -8,7 +8,8 @@ from typing import Any
 
 from hf_sparse.benchmarks.attention import BOTH, DENSE, DROPOUT, FORWARD
 from hf_sparse.benchmarks.models import (
-    FREE_MODEL,
+    FREE_BERT,
+    FREE_ROBERTA,
     OURS_BIGBIRD,
     OURS_LONGFORMER,
     THEIRS_BIGBIRD,
@@ -17,6 +18,7 @@ from hf_sparse.benchmarks.models import (
 
 NOT_RUN = "not run"
 PEERS = {OURS_LONGFORMER: THEIRS_LONGFORMER, OURS_BIGBIRD: THEIRS_BIGBIRD}
+FREE = {OURS_LONGFORMER: FREE_ROBERTA, OURS_BIGBIRD: FREE_BERT}
 
 LAYER_PEERS = {OURS_LONGFORMER: "HF Longformer layer", OURS_BIGBIRD: "HF BigBird layer (training mode)"}
 # lengths over which the slope is taken
@@ -86,6 +88,9 @@ def tables(result: dict[str, Any]) -> list[str]:
             span = f"{SLOPE_FROM} to {SLOPE_TO} tokens"
             lines += [f"Slope of log time over log length, {span}, without dropout; 2 is quadratic.", ""]
             lines += [*_table(["", FORWARD, BOTH], slopes), ""]
+    plans = [row for row in result["rows"] if row["section"] == "plan"]
+    if plans:
+        lines += ["### Planning", "", *_planning(plans, rows), ""]
     if result["memory"]:
         lines += ["### Peak memory, forward+backward", "", *_memory(result["memory"]), ""]
     titles = {"model": "Models of 2 layers of RoBERTa-base width", "layer": "Attention layers with their projections"}
@@ -136,6 +141,23 @@ def _slopes(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             yield line
 
 
+def _planning(plans: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    longest = max(row["n"] for row in plans)
+    forward = {
+        row["name"]: row["seconds"]
+        for row in rows
+        if (row["n"], row["what"], row["dropout"]) == (longest, FORWARD, 0.0)
+    }
+    yield f"Made when a pattern meets a length for the first time, and kept; at {longest} tokens."
+    yield ""
+    lines = [
+        [row["name"], _time(row["seconds"]), f"{row['seconds'] / forward[row['name']]:.1%}"]
+        for row in plans
+        if row["n"] == longest and row["name"] in forward
+    ]
+    yield from _table(["", "time", "of one forward"], lines)
+
+
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Return the least-squares slope of log y over log x."""
     x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
@@ -166,7 +188,7 @@ def _memory(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _models(rows: Sequence[dict[str, Any]], differences: dict[str, float]) -> Iterator[str]:
     at = {(row["name"], row["what"]): row["seconds"] for row in rows}
     names = list(dict.fromkeys(row["name"] for row in rows))
-    has_free = FREE_MODEL in names
+    has_free = FREE_ROBERTA in names
     peers = PEERS if has_free else LAYER_PEERS
 
     def ratio(name: str | None, row: str, what: str) -> str:
@@ -178,7 +200,7 @@ def _models(rows: Sequence[dict[str, Any]], differences: dict[str, float]) -> It
         line.append(" / ".join(ratio(peers[name], name, what) for what in (FORWARD, BOTH)) if name in peers else "")
         if has_free:
             bound = (
-                " / ".join(ratio(peers[name], FREE_MODEL, what) for what in (FORWARD, BOTH)) if name in peers else ""
+                " / ".join(ratio(peers[name], FREE[name], what) for what in (FORWARD, BOTH)) if name in peers else ""
             )
             line.append(bound)
             line.append(f"{differences[name]:.0e}" if name in differences else "")
@@ -202,7 +224,9 @@ def _device(result: dict[str, Any]) -> str:
 
 def _plot(result: dict[str, Any], path: Path) -> str | None:
     rows = [
-        row for row in result["rows"] if (row["section"], row["what"], row.get("dropout")) == ("attention", BOTH, 0.0)
+        row
+        for row in result["rows"]
+        if (row["section"], row.get("what"), row.get("dropout")) == ("attention", BOTH, 0.0)
     ]
     if not rows:
         return None

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from hf_sparse.benchmarks.attention import BOTH, DENSE, cells_at, patterns_at
+from hf_sparse.benchmarks.attention import BOTH, DENSE, cells_at, patterns_at, plan_rows
 from hf_sparse.benchmarks.machine import describe
 from hf_sparse.benchmarks.memory import bytes_of_tensors, peak_memory
 from hf_sparse.benchmarks.models import Models
@@ -76,6 +76,7 @@ def run(
 
         if "attention" in sections:
             for n in held["lengths"]:
+                result["rows"] += plan_rows(n, device)
                 result["rows"] += _timed(list(cells_at(n, device, mode)), held, mode, device, f"{n} tokens", tell)
                 progress.advance(task)
         if "models" in sections:

@@ -255,3 +255,34 @@ def test_the_module_of_conversion_does_what_the_command_does(
         assert said.err.startswith("python -m hf_sparse.conversion: unknown pattern 'bend'")
     else:
         assert json.loads(said.out)["model_type"] == "sparse_bert"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--mode", "slow"), "--mode must be one of quick, full, got 'slow'"),
+        (("--device", "tpu"), "--device must be one of cpu, cuda, got 'tpu'"),
+        (("--only", "speed"), "--only must be one of attention, models, memory, got 'speed'"),
+        (("--threads", "0"), "--threads"),
+    ],
+)
+def test_bench_refuses_what_it_does_not_know(arguments: tuple[str, ...], says: str, hf_sparse_command: Command) -> None:
+    code, out, err = hf_sparse_command("bench", *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_bench_on_cuda_says_that_there_is_none(hf_sparse_command: Command, tmp_path: Path) -> None:
+    code, _, err = hf_sparse_command("bench", "--device", "cuda", "--out", str(tmp_path))
+    assert code == 2
+    assert "torch sees none" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_says_what_to_install(hf_sparse_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = hf_sparse_command("bench")
+    assert code == 2
+    assert "hf-sparse bench needs local-attention: pip install 'hf-sparse[bench]'" in err
