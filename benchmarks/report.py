@@ -48,18 +48,18 @@ in which every token takes its own value: no attention can make the model faster
 
 
 def write_readme(out: Path) -> None:
-    """Write ``README.md`` and the plots from all results in ``out/results``; a full run stands for a quick one."""
+    """Write ``README.md`` and the plots from the results in ``out/results``: for each device the fullest run there is."""
     text = [INTRODUCTION]
     results = [json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))]
-    found = {(_device(result), result["mode"]): result for result in results}
     for device in ("cpu", "cuda"):
-        result = found.get((device, "full"), found.get((device, "quick")))
-        if result is None:
-            text += [f"## {device.upper()}", "", "Not run yet.", ""]
+        held = [result for result in results if _device(result) == device]
+        text += [f"## {device.upper()}", ""]
+        if not held:
+            text += ["Not run yet.", ""]
             continue
+        result = min(held, key=lambda result: ("--only" in result["command"], result["mode"] != "full"))
         picture = _plot(result, out / f"{device}.png")
-        text += [f"## {device.upper()}", "", *tables(result)]
-        text += [f"![time against length]({picture})", ""] if picture else []
+        text += [*tables(result), *([f"![time against length]({picture})", ""] if picture else [])]
     (out / "README.md").write_text("\n".join(text).rstrip() + "\n")
 
 

@@ -40,6 +40,8 @@ def run(
 ) -> dict[str, Any]:
     """Time everything, write ``out/results/<device>-<mode>.json`` and ``out/README.md``, and print the tables.
 
+    A run of some sections alone has their names in that of its file, and stands in for a whole run where there is none.
+
     Args:
         out: folder to write into; made if it is missing.
         mode: "quick" (under two minutes on two cores) or "full" (under thirty).
@@ -59,7 +61,7 @@ def run(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     is_quick = mode == "quick"
-    held: dict[str, Any] = {"lengths": LENGTHS[device, mode], "model_length": 2048 if is_quick else 4096}
+    held: dict[str, Any] = {"lengths": LENGTHS[device, mode], "model_length": 1536 if is_quick else 4096}
     held |= {"seconds": 0.0 if is_quick else 20.0, **(settings or {})}
     sections = tuple(only) or ("attention", "models", "memory")
     console = Console(stderr=as_json)
@@ -92,7 +94,7 @@ def run(
                 result["memory"].append({**peak, "tensors": bytes_of_tensors(n, device)})
             progress.advance(task)
     result["seconds"] = round(time.perf_counter() - start)
-    path = out / "results" / f"{device}-{mode}.json"
+    path = out / "results" / ("-".join((device, mode, *only)) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     write_readme(out)
@@ -131,7 +133,8 @@ def _timed(
 
 
 def _memory_rows(lengths: Sequence[int], mode: str) -> list[tuple[str, int]]:
-    """Return what memory is measured of: the two longest lengths, and dense attention where it is timed forward and back."""
-    names = list(patterns_at(1))
-    rows = [(name, n) for n in sorted(lengths)[-2:] for name in (names if mode == "full" else names[:2])]
+    """Return what memory is measured of: the two longest lengths (quick: one), and dense attention where it is timed."""
+    names, is_quick = list(patterns_at(1)), mode == "quick"
+    longest = sorted(lengths)[-1:] if is_quick else sorted(lengths)[-2:]
+    rows = [(name, n) for n in longest for name in (names[:2] if is_quick else names)]
     return [(DENSE, max(n for n in lengths if n <= LONG)), *rows]

@@ -111,7 +111,8 @@ def run_backward(
 
 def inner_products(one: Tensor, other: Tensor) -> Tensor:
     """Return the sums ``[B, H, T]`` of products over the last dimension of two tensors ``[B, H, T, D]``."""
-    tokens = max(1, CALL_SCORES // max(one[:, :, 0].numel(), 1))
+    batch, heads, _, width = one.shape
+    tokens = max(1, CALL_SCORES // max(batch * heads * width, 1))
     # slice by slice: their layouts may differ, and of one head alone few tokens lie in a page of memory
     parts = [(x * y).sum(-1) for x, y in zip(one.split(tokens, 2), other.split(tokens, 2), strict=True)]
     return torch.cat(parts, 2)

@@ -45,7 +45,7 @@ class Sheet:
 
     def keys(self, tensor: Tensor, _name: str) -> Tensor:
         """Return the tile's keys of ``[B, G, S, ...]`` as ``[X, S, ...]``, a key head for each query head."""
-        return tensor[self.rows][:, self._key_heads(tensor)][:, :, self.work.k].flatten(0, 1)
+        return tensor[self.rows][:, :, self.work.k][:, self._key_heads(tensor)].flatten(0, 1)
 
     def of_queries(self, _piece: Work, held: Tensor) -> Tensor:
         """Return a piece's part of what ``queries`` gave: all of it."""

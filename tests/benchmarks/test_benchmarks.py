@@ -51,7 +51,7 @@ def test_cells_take_turns_and_the_median_is_kept() -> None:
 
 
 def test_every_row_is_timed_forward_and_back_with_dropout_and_without(result: tuple[dict[str, Any], Path]) -> None:
-    rows = result[0]["rows"]
+    rows = [row for row in result[0]["rows"] if row["section"] == "attention"]
     timed = {(row["name"], row["n"], row["what"], row["dropout"]) for row in rows}
     for name in ("dense SDPA", *SMALL_PATTERNS):
         for n in (64, 128):
@@ -62,14 +62,21 @@ def test_every_row_is_timed_forward_and_back_with_dropout_and_without(result: tu
 
 def test_the_density_counts_each_edge_once(result: tuple[dict[str, Any], Path]) -> None:
     for row in result[0]["rows"]:
-        if row["name"] in SMALL_PATTERNS:
+        if "density" in row and row["name"] in SMALL_PATTERNS:
             mask = SMALL_PATTERNS[row["name"]].mask(row["n"], heads=2)
             assert row["density"] == pytest.approx(mask.float().mean().item())
 
 
+def test_planning_is_timed_at_every_length(result: tuple[dict[str, Any], Path]) -> None:
+    plans = [row for row in result[0]["rows"] if row["section"] == "plan"]
+    assert {row["n"] for row in plans} == {64, 128}
+    assert all(row["seconds"] > 0 for row in plans)
+    assert "### Planning" in (result[1] / "README.md").read_text()
+
+
 def test_numbers_stand_beside_what_they_were_measured_on(result: tuple[dict[str, Any], Path]) -> None:
     written, folder = result
-    assert json.loads((folder / "results" / "cpu-quick.json").read_text()) == written
+    assert json.loads((folder / "results" / "cpu-quick-attention.json").read_text()) == written
     machine = written["machine"]
     assert machine["threads"] == torch.get_num_threads()
     assert machine["versions"]["torch"] == torch.__version__
@@ -114,15 +121,18 @@ def test_the_slope_is_the_power() -> None:
     assert report.slope([(n, 3.0 * n**1.5) for n in (4096, 16384, 65536)]) == pytest.approx(1.5)
 
 
-def test_a_full_run_stands_for_a_quick_one(result: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+def test_the_fullest_run_is_the_one_shown(result: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    for mode in ("quick", "full"):
-        held = {**result[0], "mode": mode, "command": f"run of {mode}"}
-        (tmp_path / "results" / f"cpu-{mode}.json").write_text(json.dumps(held))
-    report.write_readme(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "`run of full`" in text
-    assert "`run of quick`" not in text
+    for mode, only in (("full", " --only attention"), ("quick", ""), ("full", "")):
+        command = f"run of {mode}{only}"
+        held = {**result[0], "mode": mode, "command": command}
+        (tmp_path / "results" / f"{command}.json").write_text(json.dumps(held))
+        report.write_readme(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert [line for line in text.splitlines() if "run of" in line] == [
+            line for line in text.splitlines() if f"`{command}`" in line
+        ]
+        assert f"`{command}`" in text
 
 
 @pytest.mark.several_processes
