@@ -24,7 +24,9 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def hf_sparse_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Return a function that runs ``hf-sparse`` here: its exit code, stdout and stderr."""
-    held = signal.getsignal(signal.SIGTERM)
+    held = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # a process that was started in the background inherits that it is to ignore this one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def command(*args: str) -> tuple[int, str, str]:
         # bars of the models that a test saved
@@ -36,7 +38,8 @@ def hf_sparse_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
         return caught.value.code, said.out, said.err
 
     yield command
-    signal.signal(signal.SIGTERM, held)
+    for number, handler in held.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -207,7 +210,7 @@ def test_a_signal_cleans_up_first(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize("command", ["patterns", "show", "convert", "demo"])
+@pytest.mark.parametrize("command", ["patterns", "show", "convert", "demo", "bench"])
 def test_every_command_has_help_with_an_example(hf_sparse_command: Command, command: str) -> None:
     code, out, _ = hf_sparse_command(command, "--help")
     assert code == 0

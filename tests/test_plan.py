@@ -8,12 +8,14 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import plan as plan_module
+from hf_sparse.backends.gather import cached_plan
 from hf_sparse.parts import BlockTable, BlockWindow, Globals, Scope, with_global_positions
 from hf_sparse.patterns import Pattern
 from hf_sparse.plan import make_plan, make_positional_plan
 from hf_sparse.tiles import Gather as GatherWork
 from hf_sparse.tiles import Group, Plan, Run, Tile
 from tests.pattern_cases import CASES, HEADS, WITH_GLOBALS, Case, Setting, case_name, case_of
+from tests.support.softmax import random_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Work = Tile | Run | GatherWork
@@ -290,3 +292,17 @@ def test_global_positions_beyond_the_end_are_left_out() -> None:
     wanted = torch.zeros(4, 4, dtype=torch.int64)
     wanted[1] = wanted[:, 1] = 1
     assert torch.equal(counts, wanted.expand(HEADS, -1, -1))
+
+
+@pytest.mark.parametrize(("name", "plans"), [("longformer", 1), ("bigbird_full_length", 3)])
+def test_layers_share_a_plan_unless_the_pattern_differs_by_layer(name: str, plans: int) -> None:
+    tensors = random_tensors(tokens=70, width=4)
+    cached_plan.cache_clear()
+    for step in (1, 2):
+        for layer in range(3):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            out = hf_sparse.sparse_attention(*leaves, case_of(name).pattern, layer=layer, backend="gather")
+            assert isinstance(out, Tensor)
+            out.sum().backward()
+        # nothing is planned again for the backward pass, nor in a second step
+        assert cached_plan.cache_info().misses == plans, step
