@@ -95,7 +95,10 @@ class BlockTable(Part):
     table: Tensor
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
-        q, k = torch.broadcast_tensors(q // self.block, k // self.block)
+        q, k = q // self.block, k // self.block
+        if q.dim() == k.dim() == 2 and q.shape[1] == k.shape[0] == 1 and k.numel():
+            return self._allows_grid(q[:, 0], k[0])
+        q, k = torch.broadcast_tensors(q, k)
         table = self.table.to(q.device)
         # padding on the left has positions below 0: in no block, and not to be taken for the table's -1
         is_inside = (q >= 0) & (q < table.shape[1]) & (k >= 0)
@@ -104,6 +107,16 @@ class BlockTable(Part):
         for column in range(table.shape[2]):
             allowed |= is_inside & (table[:, :, column][:, row] == k)
         return allowed
+
+    def _allows_grid(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return ``allows`` of every query block ``[T]`` with every key block ``[S]``, much faster."""
+        table, none = self.table.to(q.device), max(int(k.max()), 0) + 1
+        reads = torch.zeros((*table.shape[:2], none + 1), dtype=torch.bool, device=q.device)
+        reads.scatter_(2, table.masked_fill((table < 0) | (table > none), none), True)
+        reads[..., none] = False
+        is_inside = (q >= 0) & (q < table.shape[1])
+        rows = reads[:, q.clamp(0, table.shape[1] - 1)] & is_inside[:, None]
+        return rows.index_select(2, k.masked_fill(k < 0, none))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -64,6 +64,8 @@ def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, 
 
         drawn = draw()
         mask = None if bool(drawn.all()) else Mask(draw, keep=drawn.numel(), is_compact=differ)
+        if mask is not None and differ:
+            mask.adopt(drawn)
         groups.append(Group(heads, (Tile(everything, everything, mask, True),), nothing, nothing))
     return Plan(scope.length, tuple(groups))
 

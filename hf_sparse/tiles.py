@@ -47,11 +47,16 @@ class Mask:
 
         return self._kept_or("additive", dtype, like.device, make)
 
+    def adopt(self, drawn: Tensor) -> None:
+        """Take what ``make`` would return, so that a large mask is not made a second time."""
+        self.empty_rows = _empty_rows(drawn)
+        term = torch.zeros(drawn.shape, dtype=torch.bfloat16).masked_fill_(~drawn, float("-inf"))
+        self._kept["additive", torch.bfloat16, torch.device("cpu")] = term
+
     @functools.cached_property
     def empty_rows(self) -> Tensor | None:
         """Bool ``[..., T]`` on the CPU, True for queries that read nothing; None where there are none."""
-        is_empty = ~self.boolean().any(-1)
-        return is_empty if bool(is_empty.any()) else None
+        return _empty_rows(self.boolean())
 
     def _kept_or(self, name: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         if (name, dtype, device) in self._kept:
@@ -60,6 +65,11 @@ class Mask:
         if made.numel() <= self._keep:
             self._kept[name, dtype, device] = made
         return made
+
+
+def _empty_rows(mask: Tensor) -> Tensor | None:
+    is_empty = ~mask.any(-1)
+    return is_empty if bool(is_empty.any()) else None
 
 
 @dataclass(frozen=True, eq=False)

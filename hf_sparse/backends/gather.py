@@ -171,7 +171,7 @@ def _autograd_backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 gather_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def cached_plan(
     pattern: Pattern,
     scope: Scope,
