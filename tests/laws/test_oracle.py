@@ -63,8 +63,6 @@ def test_work_cut_into_small_calls_equals_the_loop_oracle(
     case: Case, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_sparse.backends.execute.CALL_SCORES", most)
-    # gradients of keys are added head by head, as those of long rows are
-    monkeypatch.setattr("hf_sparse.backends.lanes.MOST_COPIED", 0)
     check(case, 331, False, "gather", has_lse=False)
 
 

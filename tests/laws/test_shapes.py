@@ -46,6 +46,12 @@ def test_query_heads_share_key_heads(case: Case, key_heads: int, backend: str) -
     check(case, random_tensors(tokens=N, key_heads=key_heads, width=WIDTH), backend)
 
 
+@some_cases
+def test_gradients_of_long_rows_of_keys_are_added_head_by_head(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_sparse.backends.lanes.MOST_COPIED", 0)
+    check(case, random_tensors(tokens=N, key_heads=HEADS, width=WIDTH), "gather")
+
+
 @both_backends
 @pytest.mark.parametrize("value_width", [7])
 @some_cases
