@@ -72,7 +72,6 @@ def pattern_from_dict(d: dict[str, Any]) -> Pattern:
 
 
 @functools.lru_cache(maxsize=256)
-@functools.lru_cache(maxsize=256)
 def pattern_from_json(text: str) -> Pattern:
     """Return the pattern whose ``json`` this is."""
     return pattern_from_dict(json.loads(text))

@@ -147,6 +147,21 @@ def test_the_gather_operator_is_declared_as_it_behaves(
         assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("is_by_token", [False, True])
+def test_a_short_sequence_in_one_call_comes_back_in_the_declared_layout(is_by_token: bool) -> None:
+    tensors = [tensor.float() for tensor in random_tensors(batch=2, tokens=20, width=WIDTH)]
+    if is_by_token:
+        tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    arguments = (*leaves, *gather_arguments(has_masks=False, dropout=0.0, may_be_whole=True)[3:])
+    assert set(torch.library.opcheck(gather_attention, arguments).values()) == {"SUCCESS"}
+    out, lse = gather_attention(*arguments)
+    held = [tensor.detach() for tensor in (*leaves, out, lse)]
+    backward = torch.ops.hf_sparse.gather_backward.default
+    results = torch.library.opcheck(backward, (torch.ones_like(out), None, *held, *arguments[3:]))
+    assert set(results.values()) == {"SUCCESS"}
+
+
 def test_the_mask_operator_is_declared_as_it_behaves() -> None:
     query, key, _, *masks = gather_arguments(has_masks=True, dropout=0.0)[:8]
     pattern = gather_arguments(has_masks=False, dropout=0.0)[9]
