@@ -77,3 +77,14 @@ def test_scores_beyond_the_range_of_half_precision_stay_finite(case: Case, backe
     # scores of a hundred thousand: float16 ends at 65504
     for result in with_gradients(attend, [query * 200, key * 200, value]):
         assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["gather", "auto"])
+@pytest.mark.parametrize("case", sampled())
+def test_autocast_around_forward_and_backward_changes_nothing(case: Case, backend: str) -> None:
+    attend = attention(case.pattern, backend=backend)
+    plain = with_gradients(attend, rounded(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = with_gradients(attend, rounded(torch.float32))
+    for actual, wanted in zip(results, plain, strict=True):
+        assert torch.equal(actual, wanted)
