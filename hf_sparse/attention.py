@@ -12,6 +12,7 @@ from hf_sparse.choice import choose_backend, cuda_backend
 from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
+from hf_sparse.patterns.longformer import GlobalProjections
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
 
@@ -43,7 +44,9 @@ def sparse_attention(
     """Attend along the edges of a pattern, differentiably.
 
     A query that may read nothing, a padding token among them, gets output 0 and logsumexp -inf. Positions are counted in
-    each row (and document) from its first real token, so padding on the left moves nothing.
+    each row (and document) from its first real token, so padding on the left moves nothing. Of a pattern with nodes that are no
+    tokens, the nodes stand behind the tokens of query, key and value (``pattern.num_nodes(tokens)`` of them) and count in T
+    and S; a shorter sequence of a padded batch uses the first ones of its row. What a mask says of nodes is not read.
 
     Args:
         query: float ``[B, H, T, D]``.
@@ -84,6 +87,8 @@ def sparse_attention(
     _check_masks(key, pattern, key_padding_mask, global_mask, document_ids)
     if key_padding_mask is not None and _is_all_real(key_padding_mask):
         key_padding_mask = None
+    if pattern.has_nodes:
+        _check_nodes(pattern, query, key, document_ids, query_positions, state)
     only_dense = {"bias": bias, "softcap": softcap, "sinks": sinks}
     others = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, state)
     scope = Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads)
@@ -138,6 +143,25 @@ def sparse_attention(
             q, k, v = state(hidden_states)
             out, lse = put_rows(out, lse, *run(q, k, v, "own"))
     return (out, lse) if return_lse else out
+
+
+def _check_nodes(
+    pattern: Pattern,
+    query: Tensor,
+    key: Tensor,
+    document_ids: Tensor | None,
+    query_positions: Tensor | None,
+    state: nn.Module | None,
+) -> None:
+    """Refuse what a pattern with nodes behind the tokens cannot serve."""
+    refused = {
+        "document_ids: the documents of a row would share its nodes": document_ids is not None,
+        "cached decoding": query_positions is not None or query.shape[2] != key.shape[2],
+        "global projections; set global_projections=False": isinstance(state, GlobalProjections),
+    }
+    for what, is_given in refused.items():
+        if is_given:
+            raise ValueError(f"pattern {pattern.key!r} has nodes that are no tokens and does not serve {what}")
 
 
 def _seed(dropout: float) -> Tensor | None:

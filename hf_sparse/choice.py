@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sparse.backends.flex_tags import serves
 from hf_sparse.backends.gather import cached_plan
+from hf_sparse.cutter import covers_all
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern, parts_of
-from hf_sparse.plan import covers_all
 
 BACKENDS = ("auto", "dense", "gather", "flex", "varlen")
 logger = logging.getLogger("hf_sparse")
@@ -65,7 +66,7 @@ def explain(
     """
     if n < 1 or heads < 1:
         raise ValueError(f"n and heads must be at least 1, got n={n}, heads={heads}")
-    scope = Scope(n, heads, layer, is_causal)
+    scope = Scope(n, heads, layer, is_causal, nodes=pattern.num_nodes(n))
     choice = choose_backend("auto", pattern, scope, device, can_flex=True, is_plain=True, dropout=dropout)
     if choice.backend != "gather":
         return choice
@@ -118,9 +119,16 @@ def choose_backend(
         # a compiled call serves every length with one graph, so nothing may depend on the length here
         return choice
     # dense attention with dropout is slow on a CPU
-    elif is_plain and not (dropout and device == "cpu") and _allows_every_pair(pattern, scope):
+    elif (
+        is_plain and not (dropout and device == "cpu") and not pattern.has_nodes and _allows_every_pair(pattern, scope)
+    ):
         choice = Choice("sdpa", f"the pattern allows every pair of {scope.length} tokens")
-    elif device == "cuda" and can_flex and importlib.util.find_spec("triton"):
+    elif (
+        device == "cuda"
+        and can_flex
+        and importlib.util.find_spec("triton")
+        and serves(pattern, parts_of(pattern, scope))
+    ):
         choice = Choice("flex", "one fused kernel over the blocks that are read")
     logger.debug("%s of %d tokens: %s", pattern.key, scope.length, choice)
     return choice

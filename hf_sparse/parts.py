@@ -2,11 +2,13 @@
 
 A pattern answers ``parts(scope)`` with a tuple of these. ``allows`` is the rule that the dense backend and the drawings
 use; :mod:`hf_sparse.plan` turns the same parts into blocks of work. All positions are logical: counted from the first
-real token of a sequence.
+real token of a sequence. Nodes that are no tokens have the positions behind the last token.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ class Scope:
         is_causal: whether a query may read only itself and what is before it.
         head_offset: index of the first head held here (above 0 on tensor or sequence parallel ranks).
         num_heads: heads of the whole layer; None means none beyond those held here.
+        nodes: nodes behind the tokens, which are no tokens.
     """
 
     length: int
@@ -31,6 +34,12 @@ class Scope:
     is_causal: bool = False
     head_offset: int = 0
     num_heads: int | None = None
+    nodes: int = 0
+
+    @property
+    def total(self) -> int:
+        """Tokens and nodes."""
+        return self.length + self.nodes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,9 +48,11 @@ class Part:
 
     Attributes:
         heads: heads it applies to, counted from 0 among those held here; None means all.
+        has_nodes: whether it speaks of nodes; of a part that does not, nodes are no edges, whatever the rule says.
     """
 
     heads: frozenset[int] | None = None
+    has_nodes: ClassVar[bool] = False
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         """Say which pairs are edges of this part, causality aside.
@@ -76,15 +87,22 @@ class Window(Part):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockWindow(Part):
-    """Whole blocks: the query's own, ``before`` blocks behind it and ``after`` blocks ahead."""
+    """The query's own block, ``before`` tokens behind it and ``after`` tokens ahead; the first block begins at ``offset``."""
 
     block: int
     before: int = 0
     after: int = 0
+    offset: int = 0
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
-        lag = q // self.block - k // self.block
-        return ((lag <= self.before) & (lag >= -self.after))[None]
+        start = (q - self.offset) // self.block * self.block + self.offset
+        is_beside = (k >= start - self.before) & (k < start + self.block + self.after)
+        return (is_beside & (q >= self.offset) & (k >= self.offset) if self.offset else is_beside)[None]
+
+    @property
+    def is_of_blocks(self) -> bool:
+        """Whether it reads whole blocks, counted from the first token."""
+        return not (self.offset or self.before % self.block or self.after % self.block)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,25 +139,65 @@ class BlockTable(Part):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Globals(Part):
-    """Tokens that everyone reads and that read everyone.
+    """Tokens or nodes that everyone reads and that read everyone.
 
     Attributes:
-        positions: logical positions of the tokens; those at or beyond the end of the sequence are left out.
+        positions: logical positions; those at or beyond the end of tokens and nodes are left out.
         is_replaceable: whether a ``global_mask`` takes the place of ``positions``.
         has_projections: whether their rows use projections of their own, where there are some.
+        reads_all: whether they read everyone; if not, they are read by all and read no more than others do.
     """
 
+    has_nodes: ClassVar[bool] = True
     positions: tuple[int, ...] = ()
     is_replaceable: bool = True
     has_projections: bool = False
+    reads_all: bool = True
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         positions = torch.tensor(self.positions, dtype=torch.int64, device=q.device)
-        return (torch.isin(q, positions) | torch.isin(k, positions))[None]
+        is_read = torch.isin(k, positions).expand(torch.broadcast_shapes(q.shape, k.shape))
+        return (is_read | torch.isin(q, positions) if self.reads_all else is_read)[None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Patches(Part):
+    """Sets of queries, each against a set of keys; ``allows`` says which pairs of a patch are edges."""
+
+    def patches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield positions of queries and of keys, int64 and ascending; no query stands in two patches that share a key."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Listed(Part):
+    """Blocks of consecutive queries, each against a list of keys; ``allows`` says which pairs of a list are edges."""
+
+    def lists(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the first query, the queries of a block, and int64 ``[blocks, W]``: the keys of each block, -1 for none."""
+        raise NotImplementedError
+
+
+def can_see(q: Tensor, k: Tensor, tokens: int | None) -> Tensor:
+    """Say which pairs causality leaves: no token reads a later token, and of nodes each part takes care itself.
+
+    Args:
+        q: int64, logical query positions.
+        k: int64, logical key positions, broadcastable with ``q``.
+        tokens: where nodes begin; None where there are none.
+    """
+    return k <= q if tokens is None else (k <= q) | (k >= tokens) | (q >= tokens)
 
 
 def edge_mask(
-    parts: tuple[Part, ...], q: Tensor, k: Tensor, *, heads: int, is_causal: bool, rows: str = "all"
+    parts: tuple[Part, ...],
+    q: Tensor,
+    k: Tensor,
+    *,
+    heads: int,
+    is_causal: bool,
+    rows: str = "all",
+    tokens: int | None = None,
 ) -> Tensor:
     """Evaluate the union of parts.
 
@@ -151,6 +209,7 @@ def edge_mask(
         is_causal: whether keys ahead of the query are left out.
         rows: "all" rows; "shared", without those of global tokens that have projections of their own (they read nothing);
             or "own", only those.
+        tokens: where nodes begin; None where there are none.
 
     Returns:
         bool ``[heads, T, S]``.
@@ -161,12 +220,14 @@ def edge_mask(
     for part in parts:
         index = list(range(heads)) if part.heads is None else sorted(part.heads)
         allowed = part.allows(q, k)
+        if tokens is not None and not part.has_nodes:
+            allowed = allowed & (q < tokens) & (k < tokens)
         mask[index] |= allowed[index] if allowed.shape[0] > 1 else allowed
         if isinstance(part, Globals) and part.has_projections:
             has_own[index] |= torch.isin(q, torch.tensor(part.positions, dtype=torch.int64, device=q.device))
     if rows != "all":
         mask &= has_own if rows == "own" else ~has_own
-    return mask & (k <= q) if is_causal else mask
+    return mask & can_see(q, k, tokens) if is_causal else mask
 
 
 def with_global_positions(parts: tuple[Part, ...], positions: tuple[int, ...] | None) -> tuple[Part, ...]:

@@ -30,6 +30,19 @@ class Segment:
         return dataclasses.replace(other, row=row) == self
 
 
+def places(segment: Segment, tokens: int, nodes: int) -> slice | Tensor:
+    """Return where the tokens of a sequence stand in its row, and behind them its nodes.
+
+    Args:
+        segment: the sequence.
+        tokens: tokens of the row; nodes come behind them.
+        nodes: nodes of this sequence: the first ones of the row.
+    """
+    if not nodes or segment.stop == tokens:
+        return slice(segment.start, segment.stop + nodes)
+    return torch.cat([torch.arange(segment.start, segment.stop), torch.arange(tokens, tokens + nodes)])
+
+
 def find_segments(
     batch: int,
     tokens: int,

@@ -32,14 +32,14 @@ def join_blocks(parts: Sequence[Part], is_global: Tensor) -> BlockTable | None:
     blocks = torch.nn.functional.pad(is_global, (0, rows * size - len(is_global))).view(rows, size)
     lengths = torch.full((rows,), size).clamp(max=len(is_global) - size * torch.arange(rows))
     columns = blocks.any(1).nonzero()[:, 0]
-    if any(window.block != size for window in windows) or len(columns) > MOST_JOINED:
+    if any(window.block != size or not window.is_of_blocks for window in windows) or len(columns) > MOST_JOINED:
         return None
     if bool((blocks.sum(1) != lengths)[columns].any()):
         return None
     row = torch.arange(rows)[:, None]
     joined = [held[:, :rows], columns.expand(held.shape[0], rows, -1)]
     for window in windows:
-        beside = row + torch.arange(-window.before, window.after + 1)
+        beside = row + torch.arange(-window.before // size, window.after // size + 1)
         joined.append(beside.masked_fill((beside < 0) | (beside >= rows), -1).expand(held.shape[0], -1, -1))
     return BlockTable(heads=tables[0].heads, block=size, table=torch.cat(joined, 2))
 
@@ -68,8 +68,8 @@ def own_blocks(
     left = []
     for other in earlier:
         # what an earlier part of the same blocks has is struck out whole, so that no mask has to do it
-        if isinstance(other, BlockWindow) and other.block == size:
-            table[(row - table <= other.before) & (table - row <= other.after)] = -1
+        if isinstance(other, BlockWindow) and other.block == size and other.is_of_blocks:
+            table[(row - table <= other.before // size) & (table - row <= other.after // size)] = -1
         elif isinstance(other, BlockTable) and other.block == size:
             held = other.table[head if other.table.shape[0] > 1 else 0, :rows]
             table[(table[:, :, None] == held[:, None, :]).any(2)] = -1

@@ -202,7 +202,7 @@ def test_tables_of_any_content_hold_every_edge_once(n: int, is_causal: bool) -> 
         (shared,): allowed,
         (by_head,): own_head,
         (shared, by_head): allowed | own_head,
-        (BlockWindow(block=4, before=1), by_head, coarse): (block_lag(n) <= 1) & (block_lag(n) >= 0)
+        (BlockWindow(block=4, before=4), by_head, coarse): (block_lag(n) <= 1) & (block_lag(n) >= 0)
         | own_head
         | only_odd,
     }

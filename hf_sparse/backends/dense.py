@@ -7,7 +7,7 @@ from hf_sparse.backends.dropout import draw_words, mix, threshold
 from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope, edge_mask, with_global_positions
 from hf_sparse.patterns import pattern_from_json
-from hf_sparse.segments import find_segments, logical_length
+from hf_sparse.segments import find_segments, logical_length, places
 
 
 @torch.library.custom_op("hf_sparse::edge_mask", mutates_args=())
@@ -37,9 +37,10 @@ def draw_edges(
     mask = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
 
     def draw(length: int, held: tuple[int, ...] | None, q: Tensor, k: Tensor) -> Tensor:
-        parts = rule.parts(Scope(length, heads, layer, is_causal, head_offset, num_heads))
-        parts = with_global_positions(parts, held)
-        return edge_mask(parts, q[:, None], k[None, :], heads=heads, is_causal=is_causal, rows=rows)
+        scope = Scope(length, heads, layer, is_causal, head_offset, num_heads, rule.num_nodes(length))
+        parts = with_global_positions(rule.parts(scope), held)
+        nodes_at = length if scope.nodes else None
+        return edge_mask(parts, q[:, None], k[None, :], heads=heads, is_causal=is_causal, rows=rows, tokens=nodes_at)
 
     if query_positions is not None and key_positions is not None:
         for row in range(batch):
@@ -48,20 +49,22 @@ def draw_edges(
             real = torch.ones(keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[row].cpu()
             mask[row] = draw(logical_length(k, real, reads_padding=rule.reads_padding), held, q, k) & real
         return mask.to(query.device)
+    real_tokens = rule.num_tokens(keys)
     for segment in find_segments(
         batch,
-        keys,
+        real_tokens,
         key_padding_mask=key_padding_mask,
         document_ids=document_ids,
         global_mask=global_mask,
         reads_padding=rule.reads_padding,
     ):
-        at = slice(segment.start, segment.stop)
-        position = torch.arange(segment.stop - segment.start)
-        drawn = draw(len(position), segment.global_positions, position, position)
+        length = segment.stop - segment.start
+        at = torch.arange(keys)[places(segment, real_tokens, rule.num_nodes(length))]
+        position = torch.arange(len(at))
+        drawn = draw(length, segment.global_positions, position, position)
         drawn[:, :, list(segment.invalid)] = False
         drawn[:, list(segment.invalid)] = False
-        mask[segment.row, :, at, at] = drawn
+        mask[segment.row, :, at[:, None], at] = drawn
     return mask.to(query.device)
 
 

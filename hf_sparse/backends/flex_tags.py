@@ -130,6 +130,8 @@ class Rule:
                 by_length[length] = pattern.parts(dataclasses.replace(scope, length=length))
             self.parts.append(with_global_positions(by_length[length], positions))
         first = self.parts[0] if self.parts else pattern.parts(scope)
+        if not serves(pattern, first):
+            raise ValueError(f"backend 'flex' does not serve pattern {pattern.key!r}; pass backend='gather'")
         if any(_signature(parts) != _signature(first) for parts in self.parts):
             raise ValueError(
                 f"backend 'flex' does not serve pattern {pattern.key!r}, whose parts change with the length; "
@@ -210,6 +212,16 @@ class Rule:
         )
 
 
+def serves(pattern: Pattern, parts: Sequence[Part]) -> bool:
+    """Say whether a pattern, whose parts are given, comes down to bands, tables and global tokens."""
+    return not pattern.has_nodes and all(
+        isinstance(part, Window | BlockTable)
+        or (isinstance(part, BlockWindow) and part.is_of_blocks)
+        or (isinstance(part, Globals) and part.reads_all)
+        for part in parts
+    )
+
+
 def takes_part(is_own: Tensor, rows: str) -> Tensor:
     """Say which queries a call serves, given those that have projections of their own."""
     if rows == "all":
@@ -228,7 +240,7 @@ def _signature(parts: Sequence[Part]) -> list[tuple[object, ...]]:
 def _band(part: Window | BlockWindow, heads: int) -> Tensor:
     """Return a window as int64 ``[H, 4]``: size, step, before, after; nothing is both behind and ahead by one."""
     size, step = (1, part.dilation) if isinstance(part, Window) else (part.block, 1)
-    before, after = (FAR if n is None else min(n * step, FAR) for n in (part.before, part.after))
+    before, after = (FAR if n is None else min(n * step // size, FAR) for n in (part.before, part.after))
     band = torch.tensor([size, step, before, after]).repeat(heads, 1)
     if part.heads is not None:
         band[[head for head in range(heads) if head not in part.heads], 2:] = -1

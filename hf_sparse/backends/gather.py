@@ -18,8 +18,11 @@ from hf_sparse.backends.lanes import Words
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, parts_of, pattern_from_json
 from hf_sparse.plan import is_faster_whole, make_plan, make_positional_plan, make_whole_plan
-from hf_sparse.segments import find_segments, logical_length
+from hf_sparse.segments import find_segments, logical_length, places
 from hf_sparse.tiles import Plan, Tile
+
+# a stretch of a row, or what stands apart: tokens, and nodes behind the padding
+Places = slice | Tensor
 
 
 @torch.library.custom_op("hf_sparse::gather", mutates_args=())
@@ -85,7 +88,9 @@ def gather_attention(
     for batch, q_tokens, k_tokens, plan in plans:
         held = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
-        run_forward(plan, kernel, *held, drawn, out[batch, :, q_tokens], lse[batch, :, q_tokens])
+        results = out[batch, :, q_tokens], lse[batch, :, q_tokens]
+        run_forward(plan, kernel, *held, drawn, *results)
+        _put_back((out, lse), batch, q_tokens, results)
     return out.to(query.dtype), lse
 
 
@@ -145,6 +150,8 @@ def _gather_backward(
         held = g[batch, :, q_tokens], delta[batch, :, q_tokens], top[batch, :, q_tokens]
         sums = grads[0][batch, :, q_tokens], grads[1][batch, :, k_tokens], grads[2][batch, :, k_tokens]
         run_backward(plan, kernel, inputs, drawn, held, sums)
+        for grad, at, found in zip(grads, (q_tokens, k_tokens, k_tokens), sums, strict=True):
+            _put_back((grad,), batch, at, (found,))
     dq, dk, dv = (grad.to(query.dtype) for grad in grads)
     return dq, dk, dv
 
@@ -218,8 +225,8 @@ class _Call:
         document_ids: Tensor | None,
         query_positions: Tensor | None,
         key_positions: Tensor | None,
-    ) -> Iterator[tuple[slice, slice, slice, Plan]]:
-        """Yield rows of the batch, their query and key tokens, and the plan that serves them."""
+    ) -> Iterator[tuple[slice, Places, Places, Plan]]:
+        """Yield rows of the batch, where their queries and keys stand, and the plan that serves them."""
         batch, tokens = key.shape[0], key.shape[2]
         if query_positions is not None and key_positions is not None:
             for row in range(batch):
@@ -232,6 +239,7 @@ class _Call:
                 plan = make_positional_plan(parts, scope, *positions, real, rows=self.rows)
                 yield slice(row, row + 1), slice(None), slice(None), plan
             return
+        tokens = self.pattern.num_tokens(tokens)
         segments = find_segments(
             batch,
             tokens,
@@ -250,16 +258,17 @@ class _Call:
             plan = cached_plan(
                 self.pattern, scope, segment.global_positions, segment.invalid, self.rows, self.may_be_whole
             )
-            at = slice(segment.start, segment.stop)
+            at = places(segment, tokens, scope.nodes)
             yield slice(segment.row, segments[last].row + 1), at, at, plan
             first = last + 1
 
     def _scope(self, length: int) -> Scope:
-        return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads)
+        nodes = self.pattern.num_nodes(length)
+        return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads, nodes)
 
 
 def _whole(
-    plans: list[tuple[slice, slice, slice, Plan]], query: Tensor, key: Tensor, value: Tensor, dropout: float
+    plans: list[tuple[slice, Places, Places, Plan]], query: Tensor, key: Tensor, value: Tensor, dropout: float
 ) -> Tile | None:
     """Return the tile that is the whole call, if one is and torch's fused kernel serves it."""
     if (
@@ -276,6 +285,13 @@ def _whole(
         return None
     (work,) = plan.groups[0].work
     return work if isinstance(work, Tile) else None
+
+
+def _put_back(whole: tuple[Tensor, ...], rows: slice, at: Places, held: tuple[Tensor, ...]) -> None:
+    """Write back what stood apart and was therefore copied; of a stretch what was held is a view."""
+    if isinstance(at, Tensor):
+        for tensor, part in zip(whole, held, strict=True):
+            tensor[rows, :, at] = part
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:

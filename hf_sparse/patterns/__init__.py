@@ -6,15 +6,22 @@ import json
 from typing import Any
 
 from hf_sparse.parts import Part, Scope
+from hf_sparse.patterns.axial import Axial
 from hf_sparse.patterns.band import Band
 from hf_sparse.patterns.bigbird import BigBird
 from hf_sparse.patterns.block_local import BlockLocal
+from hf_sparse.patterns.bp_transformer import BPTransformer
 from hf_sparse.patterns.combine import ByHead, Union, by_head
 from hf_sparse.patterns.dilated import Dilated
+from hf_sparse.patterns.etc import ETC
 from hf_sparse.patterns.global_tokens import GlobalTokens
+from hf_sparse.patterns.image_1d import Image1D
+from hf_sparse.patterns.image_2d import Image2D
 from hf_sparse.patterns.longformer import Longformer
 from hf_sparse.patterns.parent import Pattern
 from hf_sparse.patterns.random_blocks import RandomBlocks
+from hf_sparse.patterns.sparse_transformer import SparseTransformer
+from hf_sparse.patterns.star import StarTransformer
 from hf_sparse.patterns.strided import Strided
 
 PATTERNS: dict[str, type[Pattern]] = {
@@ -28,6 +35,13 @@ PATTERNS: dict[str, type[Pattern]] = {
         RandomBlocks,
         Longformer,
         BigBird,
+        StarTransformer,
+        ETC,
+        SparseTransformer,
+        BPTransformer,
+        Image1D,
+        Image2D,
+        Axial,
     )
 }
 
@@ -96,16 +110,23 @@ def _tuples(value: Any) -> Any:
 
 
 __all__ = [
+    "ETC",
     "PATTERNS",
+    "Axial",
+    "BPTransformer",
     "Band",
     "BigBird",
     "BlockLocal",
     "ByHead",
     "Dilated",
     "GlobalTokens",
+    "Image1D",
+    "Image2D",
     "Longformer",
     "Pattern",
     "RandomBlocks",
+    "SparseTransformer",
+    "StarTransformer",
     "Strided",
     "Union",
     "by_head",

@@ -1,5 +1,6 @@
 """BigBird: a window of blocks, global end blocks, random blocks."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from hf_sparse.parts import BlockTable, BlockWindow, Globals, Part, Scope
 from hf_sparse.patterns.block_local import check_block_fits
-from hf_sparse.patterns.parent import Pattern, check_count, check_seed
+from hf_sparse.patterns.etc import even_spans
+from hf_sparse.patterns.parent import Pattern, check_choice, check_count, check_seed
 from hf_sparse.patterns.random_blocks import draw_blocks
+from hf_sparse.patterns.star import node_globals
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,12 @@ class BigBird(Pattern):
             from the whole sequence and is stable as the sequence grows (see ``RandomBlocks``).
         length: "real" lays the blocks over a sample's real tokens; "padded" over the padded length, as published, so
             that the last block may be padding and a sample's output depends on the batch it is in.
+        num_external_global: global nodes that are no tokens, at least 0. Above 0 they take the place of the global first
+            and last block: the paper's ETC form. Causal, they read one another alone.
 
-    Source: Zaheer et al. 2020, arXiv:2007.14062, section 2, the ITC form. A pair is counted once; the published gather
-    counts some pairs twice at 1024 tokens, and the in-tree model in evaluation reads no random blocks at all.
+    Source: Zaheer et al. 2020, arXiv:2007.14062, section 2: the ITC form, and the ETC form with external nodes. A pair is
+    counted once; the published gather counts some pairs twice at 1024 tokens, and the in-tree model in evaluation reads no
+    random blocks at all.
     """
 
     key: ClassVar[str] = "bigbird"
@@ -40,14 +46,21 @@ class BigBird(Pattern):
     seed: int = 0
     random_plan: str = "published"
     length: str = "real"
+    num_external_global: int = 0
 
     def check_fields(self) -> None:
         check_count(self.block_size, "block_size", least=1)
         check_count(self.num_random_blocks, "num_random_blocks", least=0)
         check_seed(self.seed)
-        for name, known in (("random_plan", ("published", "full_length")), ("length", ("real", "padded"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        check_count(self.num_external_global, "num_external_global", least=0)
+        check_choice(self.random_plan, "random_plan", ("published", "full_length"))
+        check_choice(self.length, "length", ("real", "padded"))
+
+    def num_nodes(self, n: int) -> int:
+        return self.num_external_global
+
+    def node_spans(self, n: int) -> Tensor:
+        return even_spans(n, self.num_external_global)
 
     @property
     def reads_padding(self) -> bool:
@@ -63,10 +76,11 @@ class BigBird(Pattern):
         ends = list(range(min(size, scope.length)))
         if not scope.is_causal:
             ends += range((blocks - 1) * size, scope.length)
+        globals_ = Globals(positions=tuple(sorted(set(ends))), is_replaceable=False)
         return (
-            BlockWindow(block=size, before=1, after=1),
+            BlockWindow(block=size, before=size, after=size),
             BlockTable(block=size, table=self._random_table(scope, blocks)),
-            Globals(positions=tuple(sorted(set(ends))), is_replaceable=False),
+            node_globals(scope, self.num_external_global) if self.num_external_global else globals_,
         )
 
     def _random_table(self, scope: Scope, blocks: int) -> Tensor:
@@ -92,7 +106,7 @@ class BigBird(Pattern):
         check_block_fits(self.block_size, length)
 
     def wide_open(self, length: int) -> "BigBird":
-        return BigBird(length, self.num_random_blocks, self.seed, self.random_plan, self.length)
+        return dataclasses.replace(self, block_size=length)
 
 
 # lengths at which the published checkpoints were trained, and the length their plan was drawn for

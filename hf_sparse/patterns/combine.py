@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse.parts import Part, Scope
 from hf_sparse.patterns.parent import Pattern, check_count
@@ -30,6 +30,16 @@ class _Combination(Pattern):
     @property
     def varies_by_layer(self) -> bool:
         return any(member.varies_by_layer for member in self.members)
+
+    def num_nodes(self, n: int) -> int:
+        return max(member.num_nodes(n) for member in self.members)
+
+    def node_spans(self, n: int) -> Tensor:
+        return next(member for member in self.members if member.has_nodes).node_spans(n)
+
+    @property
+    def pools_nodes(self) -> bool:
+        return any(member.pools_nodes for member in self.members)
 
     def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
         for member in self.members:
@@ -57,6 +67,8 @@ class _Combination(Pattern):
     def _check_one_length(self) -> None:
         if len({member.reads_padding for member in self.members}) > 1:
             raise ValueError("patterns laid over the real and over the padded length cannot be combined")
+        if sum(member.has_nodes for member in self.members) > 1:
+            raise ValueError("at most one member of a combination may have nodes that are no tokens")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_sparse.parts import Globals, Part, Scope, Window
 from hf_sparse.patterns.global_tokens import check_positions, check_positions_fit
-from hf_sparse.patterns.parent import Pattern, check_count
+from hf_sparse.patterns.parent import Pattern, check_count, check_switch
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Longformer(Pattern):
         for window in self.window if isinstance(self.window, tuple) else (self.window,):
             if window % 2:
                 raise ValueError(f"window must be even (half to each side), got {window}; try {window + 1}")
-        if not isinstance(self.global_projections, bool):
-            raise TypeError(f"global_projections must be true or false, got {self.global_projections!r}")
+        check_switch(self.global_projections, "global_projections")
 
     @property
     def has_global_tokens(self) -> bool:

@@ -44,6 +44,43 @@ class Pattern:
         """Whether a ``global_mask`` means something to this pattern."""
         return False
 
+    def num_nodes(self, n: int) -> int:
+        """Return how many nodes that are no tokens stand behind ``n`` tokens; never fewer for more tokens."""
+        return 0
+
+    def node_spans(self, n: int) -> Tensor:
+        """Return the tokens whose mean each node starts as: first and behind the last, int64 ``[nodes, 2]``."""
+        raise NotImplementedError
+
+    @property
+    def pools_nodes(self) -> bool:
+        """Whether nodes are made on each layer from keys and values, and are no part of the sequence given."""
+        return False
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether nodes that are no tokens stand behind the tokens."""
+        return self.num_nodes(2) > 0
+
+    def num_tokens(self, total: int) -> int:
+        """Return of how many positions, tokens and nodes together, how many are tokens; the inverse of ``num_nodes``.
+
+        Raises:
+            ValueError: if no number of tokens with its nodes gives that many.
+        """
+        if not self.has_nodes:
+            return total
+        least, most = 1, total
+        while least < most:
+            middle = (least + most) // 2
+            least, most = (least, middle) if middle + self.num_nodes(middle) >= total else (middle + 1, most)
+        if least + self.num_nodes(least) != total:
+            raise ValueError(
+                f"pattern {self.key!r} has nodes behind the tokens, and {total} positions are no number of tokens with its "
+                f"nodes; {least} tokens have {self.num_nodes(least)}"
+            )
+        return least
+
     @property
     def reads_padding(self) -> bool:
         """Whether the padded length, not the real one, shapes the pattern."""
@@ -93,20 +130,28 @@ class Pattern:
             is_causal: whether keys ahead of the query are left out.
 
         Returns:
-            bool ``[heads, n, n]``; True where the query (row) reads the key (column).
+            bool ``[heads, n, n]``, or ``[heads, n + m, n + m]`` for a pattern with m nodes behind the tokens; True where the
+            query (row) reads the key (column).
         """
         if n < 1 or heads < 1:
             raise ValueError(f"n and heads must be at least 1, got n={n}, heads={heads}")
-        position = torch.arange(n)
-        parts = self.parts(Scope(n, heads, layer, is_causal))
-        return edge_mask(parts, position[:, None], position[None, :], heads=heads, is_causal=is_causal)
+        scope = Scope(n, heads, layer, is_causal, nodes=self.num_nodes(n))
+        position = torch.arange(scope.total)
+        return edge_mask(
+            self.parts(scope),
+            position[:, None],
+            position[None, :],
+            heads=heads,
+            is_causal=is_causal,
+            tokens=n if scope.nodes else None,
+        )
 
     def density(self, n: int, *, heads: int = 1, layer: int = 0, is_causal: bool = False) -> float:
-        """Return the number of edges over ``n**2``, each edge once, averaged over heads.
+        """Return the number of edges over ``n**2``, each edge once, averaged over heads; edges of nodes count as well.
 
         Counted from the plan, in time and memory of the blocks read: no mask of n x n is made.
         """
-        scope = Scope(n, heads, layer, is_causal)
+        scope = Scope(n, heads, layer, is_causal, nodes=self.num_nodes(n))
         return make_plan(self.parts(scope), scope).count_edges() / (heads * n * n)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +182,26 @@ def check_count(value: Any, name: str, *, least: int) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_choice(value: Any, name: str, known: tuple[str, ...]) -> None:
+    """Check a field that has one of a few values.
+
+    Raises:
+        ValueError: if the value is none of them.
+    """
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def check_switch(value: Any, name: str) -> None:
+    """Check a field that is on or off.
+
+    Raises:
+        TypeError: if the value is no bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def check_seed(value: Any) -> None:

@@ -25,6 +25,7 @@ FLOORS = {
     "hf_sparse.shapes": 0,
     "hf_sparse.parts": 1,
     "hf_sparse.segments": 1,
+    "hf_sparse.cutter": 1,
     "hf_sparse.plan": 1,
     "hf_sparse.tables": 1,
     "hf_sparse.tiles": 1,

@@ -1,0 +1,150 @@
+"""ETC: a window, and global nodes beside the tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_sparse.parts import Globals, Listed, Part, Patches, Scope, Window
+from hf_sparse.patterns.parent import Pattern, check_count, check_switch
+from hf_sparse.patterns.star import node_globals
+
+
+@dataclass(frozen=True)
+class ETC(Pattern):
+    """Every token reads ``radius`` tokens to each side and the global nodes, which are no tokens; every node reads all.
+
+    Causal (the paper defines none): nodes read nodes alone, and there may be no ``segments``, whose nodes would start as what
+    comes.
+
+    Args:
+        radius: tokens to each side; at least 1.
+        num_global: global nodes, at least 1, where there are no ``segments``.
+        segments: tokens of a block that has a node of its own, at least 1; None for nodes that belong to no block.
+        hard_global_to_long: whether a block's node reads the tokens of its block alone (and all nodes).
+        hard_long_to_global: whether a token reads the node of its block alone.
+
+    Source: Ainslie et al. 2020, arXiv:2004.08483, section 3. Nodes start as the mean of their block, or of an equal share of
+    the tokens, and a learned vector; the paper's are embedded as tokens. Projections are shared by nodes and tokens, as in
+    its default. Relative position labels are left out.
+    """
+
+    key: ClassVar[str] = "etc"
+    radius: int = 84
+    num_global: int = 256
+    segments: int | None = None
+    hard_global_to_long: bool = False
+    hard_long_to_global: bool = False
+
+    def check_fields(self) -> None:
+        check_count(self.radius, "radius", least=1)
+        check_count(self.num_global, "num_global", least=1)
+        if self.segments is not None:
+            check_count(self.segments, "segments", least=1)
+        for name in ("hard_global_to_long", "hard_long_to_global"):
+            check_switch(getattr(self, name), name)
+            if getattr(self, name) and self.segments is None:
+                raise ValueError(f"{name} needs segments: the tokens of a block that has a node of its own")
+
+    def num_nodes(self, n: int) -> int:
+        return self.num_global if self.segments is None else -(-n // self.segments)
+
+    def node_spans(self, n: int) -> Tensor:
+        return even_spans(n, self.num_global) if self.segments is None else block_spans(n, self.segments)
+
+    def parts(self, scope: Scope) -> tuple[Part, ...]:
+        window = Window(before=self.radius, after=self.radius)
+        nodes = self.num_nodes(scope.length)
+        if self.segments is None:
+            return (window, node_globals(scope, nodes))
+        if scope.is_causal:
+            raise ValueError(
+                "segments cannot be used under causality: the node of a block knows what comes; set segments=None"
+            )
+        if not self.hard_global_to_long and not self.hard_long_to_global:
+            return (window, node_globals(scope, nodes))
+        own = OwnNode(
+            tokens=scope.length,
+            size=self.segments,
+            node_reads=self.hard_global_to_long,
+            token_reads=self.hard_long_to_global,
+        )
+        if self.hard_long_to_global:
+            first_key = scope.length if self.hard_global_to_long else 0
+            return (window, own, NodeRows(tokens=scope.length, nodes=nodes, first_key=first_key))
+        positions = tuple(range(scope.length, scope.length + nodes))
+        return (window, own, Globals(positions=positions, is_replaceable=False, reads_all=False))
+
+    def wide_open(self, length: int) -> "ETC":
+        return ETC(length, self.num_global, self.segments)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OwnNode(Listed):
+    """Blocks of tokens and their nodes.
+
+    Attributes:
+        tokens: where the nodes begin.
+        size: tokens of a block; the last may be shorter.
+        node_reads: whether a node reads the tokens of its block.
+        token_reads: whether a token reads the node of its block.
+    """
+
+    has_nodes: ClassVar[bool] = True
+    tokens: int
+    size: int
+    node_reads: bool
+    token_reads: bool
+
+    def allows(self, q: Tensor, k: Tensor) -> Tensor:
+        n = self.tokens
+        node_reads = (q >= n) & (k < n) & (k // self.size == q - n)
+        token_reads = (q < n) & (k >= n) & (q // self.size == k - n)
+        return ((node_reads & self.node_reads) | (token_reads & self.token_reads))[None]
+
+    def lists(self) -> Iterator[tuple[int, int, Tensor]]:
+        spans = block_spans(self.tokens, self.size)
+        if self.node_reads:
+            keys = spans[:, :1] + torch.arange(self.size)
+            yield self.tokens, 1, keys.masked_fill(keys >= self.tokens, -1)
+        if self.token_reads:
+            whole = self.tokens // self.size
+            nodes = self.tokens + torch.arange(len(spans))[:, None]
+            if whole:
+                yield 0, self.size, nodes[:whole]
+            if whole < len(spans):
+                yield whole * self.size, self.tokens - whole * self.size, nodes[whole:]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NodeRows(Patches):
+    """Nodes that read all from ``first_key`` on."""
+
+    has_nodes: ClassVar[bool] = True
+    tokens: int
+    nodes: int
+    first_key: int
+
+    def allows(self, q: Tensor, k: Tensor) -> Tensor:
+        return ((q >= self.tokens) & (k >= self.first_key))[None]
+
+    def patches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        total = self.tokens + self.nodes
+        keys = torch.arange(self.first_key, total)
+        for queries in torch.arange(self.tokens, total).split(256):
+            yield queries, keys
+
+
+def block_spans(n: int, size: int) -> Tensor:
+    """Return first and behind the last token of each block, int64 ``[blocks, 2]``; the last block may be shorter."""
+    start = torch.arange(0, n, size)
+    return torch.stack([start, (start + size).clamp(max=n)], 1)
+
+
+def even_spans(n: int, nodes: int) -> Tensor:
+    """Return equal shares of ``n`` tokens, int64 ``[nodes, 2]``, each of at least one token."""
+    edge = torch.arange(nodes + 1) * n // nodes
+    start = edge[:-1].clamp(max=n - 1)
+    return torch.stack([start, torch.maximum(edge[1:], start + 1)], 1)
