@@ -55,6 +55,39 @@ def test_the_pattern_is_what_was_drawn_by_hand(drawing: Drawing) -> None:
     checks.check_drawing("bp_transformer", drawing)
 
 
+# what one leaf of a larger tree reads, followed by hand: (tokens, nodes a level, leaf, first and last token of each span)
+WALKS = [
+    (8, 1, 6, [(0, 3), (4, 4), (5, 5), (6, 6), (7, 7)]),
+    (8, 1, 1, [(0, 0), (1, 1), (2, 2), (3, 3), (4, 7)]),
+    (16, 1, 9, [(0, 3), (4, 5), (6, 7), (8, 8), (9, 9), (10, 10), (11, 11), (12, 15)]),
+    (16, 2, 11, [(0, 3), (4, 5), (6, 7), (8, 8), (9, 9), (10, 10), (11, 11), (12, 12), (13, 13), (14, 15)]),
+    (13, 1, 3, [(0, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 7), (8, 12)]),
+]
+by_walk = pytest.mark.parametrize(("n", "nodes_per_level", "leaf", "spans"), WALKS)
+
+
+@by_walk
+def test_the_rule_reads_the_spans_of_a_walk_by_hand(
+    n: int, nodes_per_level: int, leaf: int, spans: list[tuple[int, int]]
+) -> None:
+    leaves = system_rules.leaves_of_nodes(n)
+    for is_causal in (False, True):
+        read = system_rules.bp_transformer(n, nodes_per_level=nodes_per_level, is_causal=is_causal)[0, leaf]
+        found = sorted((leaves[node][0], leaves[node][-1]) for node in read.nonzero().flatten().tolist())
+        assert found == [span for span in spans if span[1] <= leaf or not is_causal]
+
+
+@by_walk
+def test_a_leaf_reads_the_spans_of_a_walk_by_hand(
+    n: int, nodes_per_level: int, leaf: int, spans: list[tuple[int, int]]
+) -> None:
+    for is_causal in (False, True):
+        mask = hf_sparse.pattern("bp_transformer", nodes_per_level=nodes_per_level).mask(n, is_causal=is_causal)[0]
+        under = [[token] for token in range(n)] + [row.nonzero().flatten().tolist() for row in mask[n:]]
+        found = sorted((under[node][0], under[node][-1]) for node in mask[leaf].nonzero().flatten().tolist())
+        assert found == [span for span in spans if span[1] <= leaf or not is_causal]
+
+
 def tiles(read: torch.Tensor, leaf: int, leaves: list[list[int]]) -> list[int]:
     """Return the tokens that a leaf reads, itself and through nodes, each as often as it is read."""
     return sorted(token for node in read[leaf].nonzero().flatten().tolist() for token in leaves[node])
