@@ -6,11 +6,24 @@ import torch
 import hf_sparse
 from tests.pattern_cases import Setting, random_table
 from tests.patterns import checks
-from tests.support import rules
+from tests.patterns.checks import Drawing
+from tests.support import rules, system_rules
 from tests.support.published_bigbird import published_blocks
 
 PLANS = ("published", "full_length")
-FIELDS = "block_size, num_random_blocks, seed, random_plan, length"
+FIELDS = "block_size, num_random_blocks, seed, random_plan, length, num_external_global"
+
+
+# drawn by hand: the nodes are all that is global
+NODES = {"block_size": 1, "num_random_blocks": 0, "num_external_global": 2}
+PAIRS = {"block_size": 2, "num_random_blocks": 0, "num_external_global": 1}
+DRAWINGS = {
+    "single": Drawing(NODES, ("xx.. xx", "xxx. xx", ".xxx xx", "..xx xx", "xxxx xx", "xxxx xx"), 4),
+    "single_causal": Drawing(NODES, ("x... xx", "xx.. xx", ".xx. xx", "..xx xx", ".... xx", ".... xx"), 4, True),
+    "pairs": Drawing(PAIRS, ("xxxx. x", "xxxx. x", "xxxxx x", "xxxxx x", "..xxx x", "xxxxx x"), 5),
+    "pairs_causal": Drawing(PAIRS, ("x.... x", "xx... x", "xxx.. x", "xxxx. x", "..xxx x", "..... x"), 5, True),
+}
+by_drawing = pytest.mark.parametrize("drawing", DRAWINGS.values(), ids=DRAWINGS.keys())
 
 
 def full_length(blocks: int, *, count: int = 2, heads: int = 1, is_causal: bool = False) -> list[list[set[int]]]:
@@ -47,6 +60,45 @@ def test_masks_equal_the_rule_for_the_drawn_table(block: int, count: int, plan: 
         table = random_table(pattern, Setting(n, 2, is_causal), heads=2)
         rule = rules.bigbird(block, n, table, is_causal=is_causal)
         checks.check_mask(pattern, rule, n, heads=2, layer=2, is_causal=is_causal)
+
+
+@by_drawing
+def test_the_rule_with_nodes_is_what_was_drawn_by_hand(drawing: Drawing) -> None:
+    block, nodes = drawing.fields["block_size"], drawing.fields["num_external_global"]
+    table: list[list[set[int]]] = [[set()] * drawing.n]
+    drawn = system_rules.bigbird_external(drawing.n, block, table, nodes, is_causal=drawing.is_causal)
+    assert torch.equal(drawn, drawing.mask), drawn.int()
+
+
+@by_drawing
+def test_nodes_instead_of_global_blocks_drawn_by_hand(drawing: Drawing) -> None:
+    checks.check_drawing("bigbird", drawing)
+
+
+@checks.both_ways
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("block", "count", "nodes"), [(1, 2, 1), (8, 3, 5), (8, 0, 2), (64, 1, 20)])
+def test_masks_with_nodes_equal_the_rule_for_the_table_without(
+    block: int, count: int, nodes: int, plan: str, is_causal: bool
+) -> None:
+    fields = {"block_size": block, "num_random_blocks": count, "random_plan": plan}
+    for n in checks.lengths(block, longest=257):
+        # window and random blocks stay as they are
+        table = random_table(hf_sparse.pattern("bigbird", **fields), Setting(n, 2, is_causal), heads=2)
+        wanted = system_rules.bigbird_external(n, block, table, nodes, is_causal=is_causal)
+        pattern = hf_sparse.pattern("bigbird", **fields, num_external_global=nodes)
+        checks.check_table(pattern, wanted, n, layer=2, is_causal=is_causal)
+
+
+def test_there_are_as_many_nodes_as_external_globals() -> None:
+    for n in (1, 2, 257):
+        assert hf_sparse.pattern("bigbird").num_nodes(n) == 0
+        assert hf_sparse.pattern("bigbird", num_external_global=7).num_nodes(n) == 7
+
+
+def test_no_path_through_nodes_reaches_the_future() -> None:
+    pattern = hf_sparse.pattern("bigbird", block_size=2, num_random_blocks=1, num_external_global=3)
+    checks.check_no_leak(pattern, 21)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 11])
@@ -166,20 +218,23 @@ def test_full_length_leaves_the_first_1024_tokens_that_the_published_plan_stays_
 
 def test_fields_and_defaults() -> None:
     defaults = {"block_size": 64, "num_random_blocks": 3, "seed": 0, "random_plan": "published", "length": "real"}
-    checks.check_fields("bigbird", defaults)
+    checks.check_fields("bigbird", {**defaults, "num_external_global": 0})
 
 
 def test_it_survives_json() -> None:
     checks.check_round_trip(
         hf_sparse.pattern("bigbird", block_size=3, seed=5, random_plan="full_length", length="padded")
     )
+    checks.check_round_trip(hf_sparse.pattern("bigbird", num_external_global=7))
 
 
 def test_an_unknown_field_is_refused_with_the_known_ones() -> None:
     checks.check_unknown_field("bigbird", FIELDS)
 
 
-@pytest.mark.parametrize(("field", "least"), [("block_size", 1), ("num_random_blocks", 0), ("seed", 0)])
+@pytest.mark.parametrize(
+    ("field", "least"), [("block_size", 1), ("num_random_blocks", 0), ("seed", 0), ("num_external_global", 0)]
+)
 def test_bad_counts_are_refused(field: str, least: int) -> None:
     checks.check_count_field("bigbird", field, least=least)
 
