@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KINDS = {"global": "#e07b39", "neighbours": "#4878a8", "random or chosen blocks": "#4fa06b", "other": "#9a78b4"}
 SUFFIXES = (".png", ".svg", ".pdf")
 # cells a side: up to the first number lines are drawn between them, beyond the second one stands for several pairs
-_MOST_RULED, _MOST_CELLS = 64, 512
+_MOST_RULED, _MOST_CELLS = 64, 256
 _PANELS_A_ROW = 4
 
 
@@ -152,6 +152,8 @@ def _draw_panel(axes: "Axes", kinds: Tensor, *, tokens: int) -> None:
         cells.numpy(), cmap=colours, vmin=0, vmax=len(KINDS), interpolation="none", extent=(-0.5, end, end, -0.5)
     )
     axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="key", ylabel="query")
+    # thin: a frame covers half of its width of the outermost cells, which may be the only global ones
+    axes.spines[:].set_linewidth(0.5)
     axes.tick_params(labelsize=8)
     axes.locator_params(integer=True, min_n_ticks=1)
     if size <= _MOST_RULED:
