@@ -1,13 +1,14 @@
 # make demo      installs what the demo needs and runs it
 # make test      installs what the tests need, lints, checks types, runs the tests
 # make test-all  the same and the slow tests
+# make docs      installs what the pictures need and writes docs/patterns.md and docs/patterns/
 # make bench     installs what the benchmark needs and runs it; MODE=full for all of it, DEVICE=cuda on a GPU
 #
 # TORCH_INDEX=<address> takes torch, at the version of constraints.txt, from that package index first: the way to a CPU build on
 # machines where the pin alone would fetch the CUDA packages.
 
 .DELETE_ON_ERROR:
-.PHONY: demo bench test test-all lint
+.PHONY: demo docs bench test test-all lint
 
 TORCH_INDEX ?=
 TEST_EXTRAS := dev,demo,bench
@@ -27,6 +28,9 @@ demo: .venv/.installed-demo
 
 bench: .venv/.installed-bench
 	.venv/bin/hf-sparse bench --mode $(MODE) --device $(DEVICE)
+
+docs: .venv/.installed-plot
+	$(PYTHON) -m hf_sparse.gallery
 
 test: lint
 	$(PYTHON) -m pytest

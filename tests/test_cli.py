@@ -66,7 +66,14 @@ def test_patterns_lists_every_pattern_with_its_defaults(hf_sparse_command: Comma
 def test_show_draws_a_row_for_a_query(hf_sparse_command: Command) -> None:
     code, out, err = hf_sparse_command("show", "band", "--set", "radius=1", "--length", "4")
     assert (code, err) == (0, "")
-    assert out.splitlines() == ["│████    │", "│██████  │", "│  ██████│", "│    ████│", "density 0.6250 of 4 x 4 pairs"]
+    assert out.splitlines() == [
+        "│████    │",
+        "│██████  │",
+        "│  ██████│",
+        "│    ████│",
+        "keys a query reads: least 2, median 2.5, most 3",
+        "density 0.6250 of 4 x 4 pairs",
+    ]
     _, out, _ = hf_sparse_command("show", "band", "--set", "radius=1", "-n", "4", "--causal")
     assert out.splitlines()[1] == "│████    │"
 
@@ -82,6 +89,7 @@ def test_show_draws_heads_that_differ(hf_sparse_command: Command) -> None:
         "head 2",
         "│████│",
         "│██  │",
+        "keys a query reads: least 1, median 1, most 2",
         "density 0.5833 of 2 x 2 pairs",
     ]
 
@@ -96,21 +104,21 @@ def test_show_as_json_is_the_mask(hf_sparse_command: Command) -> None:
     assert torch.equal(mask, pattern.mask(32, heads=2, layer=1))
     assert said["pattern"] == pattern.to_dict()
     assert said["density"] == pattern.density(32, heads=2, layer=1)
+    assert said["most_keys"] == 32
 
 
-@pytest.mark.parametrize(
-    ("length", "width", "lines"),
-    [
-        (3, 8, ["│██    │", "│  ██  │", "│    ██│"]),
-        (4, 8, ["│▀▄  │", "│  ▀▄│"]),
-        (5, 8, ["│▀▄   │", "│  ▀▄ │", "│    ▀│"]),
-        (12, 8, ["│░░    │", "│  ░░  │", "│    ░░│"]),
-    ],
-)
-def test_a_drawing_fits_its_width(length: int, width: int, lines: list[str]) -> None:
-    drawn = list(cli.drawing(torch.eye(length, dtype=torch.bool), width=width))
-    assert [len(line) <= width for line in drawn] == [True] * len(drawn)
-    assert drawn == lines
+def test_show_writes_a_picture_beside_the_drawing(hf_sparse_command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    args = ("show", "band", "--set", "radius=1", "--length", "4")
+    assert hf_sparse_command(*args, "--out", str(path)) == hf_sparse_command(*args)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_says_what_a_picture_needs(hf_sparse_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_sparse.drawing.find_spec", lambda name: None)
+    code, out, err = hf_sparse_command("show", "band", "--out", "mask.png")
+    assert (code, out) == (2, "")
+    assert err == "hf-sparse: a picture needs matplotlib: pip install 'hf-sparse[plot]'\n"
 
 
 def test_a_union_is_written_with_a_bar_and_its_fields_with_the_key(hf_sparse_command: Command) -> None:
@@ -144,6 +152,8 @@ BAD_USE: list[tuple[tuple[str, ...], str]] = [
     (("show", "band", "--length", "x"), "Invalid value for '--length'"),
     (("show", "band", "--length", "0"), "n and heads must be at least 1, got n=0"),
     (("show", "band", "--length", "5000"), "--length must be at most 4096 tokens to be drawn, got 5000"),
+    (("show", "band", "--out", "mask.gif"), "must end in one of .png, .svg, .pdf; got 'mask.gif'"),
+    (("show", "band", "--out", "no-such-folder/mask.png"), "No such file or directory: 'no-such-folder/mask.png'"),
     (("show", "bend"), "unknown pattern 'bend'; known: band, bigbird"),
     (("show", "band|bend"), "unknown pattern 'bend' in 'band|bend'; known: band, bigbird"),
     (("show", "band|band"), "names 'band' twice; write such a union as JSON"),

@@ -44,6 +44,8 @@ FLOORS = {
     "hf_sparse.benchmarks": 6,
     "hf_sparse.cli": 7,
     "hf_sparse.demo": 7,
+    "hf_sparse.drawing": 7,
+    "hf_sparse.gallery": 7,
 }
 # hf_sparse.convert is public and lives two doors up: its import waits for the call.
 LATE_ARROWS = {("hf_sparse", "hf_sparse.conversion")}
