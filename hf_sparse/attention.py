@@ -13,6 +13,7 @@ from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_ro
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.longformer import GlobalProjections
+from hf_sparse.pooled_nodes import with_pooled_nodes
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
 
@@ -87,8 +88,18 @@ def sparse_attention(
     _check_masks(key, pattern, key_padding_mask, global_mask, document_ids)
     if key_padding_mask is not None and _is_all_real(key_padding_mask):
         key_padding_mask = None
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    tokens = query.shape[2]
     if pattern.has_nodes:
         _check_nodes(pattern, query, key, document_ids, query_positions, state)
+    if pattern.pools_nodes:
+        query, key, value = with_pooled_nodes(
+            query, key, value, pattern, key_padding_mask=key_padding_mask, scale=scale
+        )
+        key_padding_mask, global_mask = (
+            None if mask is None else nn.functional.pad(mask, (0, key.shape[2] - tokens))
+            for mask in (key_padding_mask, global_mask)
+        )
     only_dense = {"bias": bias, "softcap": softcap, "sinks": sinks}
     others = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, state)
     scope = Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads)
@@ -102,7 +113,6 @@ def sparse_attention(
         is_plain=query.shape[2] == key.shape[2] and not return_lse and all(other is None for other in others),
         dropout=dropout,
     )
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     if choice.backend == "sdpa":
         return every_pair_attention(query, key, value, is_causal=is_causal, scale=scale, dropout=dropout)
     held = None if pattern.reads_padding else key_padding_mask
@@ -128,6 +138,8 @@ def sparse_attention(
 
     if state is None:
         out, lse = run(query, key, value, "all")
+        if pattern.pools_nodes:
+            out, lse = out[:, :, :tokens], lse[:, :, :tokens]
         return (out, lse) if return_lse else out
     hidden_states = _checked_hidden_states(hidden_states, query, key, pattern)
     out, lse = run(query, key, value, "shared")

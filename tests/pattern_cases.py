@@ -11,7 +11,7 @@ from torch import Tensor
 import hf_sparse
 from hf_sparse.parts import BlockTable, Scope
 from hf_sparse.patterns import Pattern
-from tests.support import rules
+from tests.support import rules, system_rules
 from tests.support.rules import Rule
 
 HEADS = 4
@@ -37,12 +37,14 @@ class Case:
         pattern: what is tried.
         rule: the oracle's definition under a setting.
         is_never_empty: whether every token reads at least one, whatever the length.
+        in_flex: whether the backend "flex" serves it.
     """
 
     name: str
     pattern: Pattern
     rule: Callable[[Setting], Rule]
     is_never_empty: bool = True
+    in_flex: bool = True
 
     @functools.cache  # noqa: B019 - the cases live as long as the tests do
     def mask(self, setting: Setting) -> Tensor:
@@ -68,6 +70,21 @@ def _bigbird(pattern: Pattern, block: int) -> Callable[[Setting], Rule]:
 
 def _global(own: tuple[int, ...], s: Setting) -> tuple[int, ...]:
     return own if s.positions is None else s.positions
+
+
+def _drawn(table: Callable[..., Tensor], *, by_layer: bool = False, **settings: Any) -> Callable[[Setting], Rule]:
+    """Return a rule that looks pairs up in a table, which is drawn without regard to causality."""
+
+    @functools.cache
+    def draw(n: int, layer: int) -> list[Any]:
+        drawn: list[Any] = table(n, **settings, **({"layer": layer} if by_layer else {})).tolist()
+        return drawn
+
+    def rule_of(s: Setting) -> Rule:
+        held = draw(s.n, s.layer)
+        return lambda h, q, k: held[h % len(held)][q][k]
+
+    return rule_of
 
 
 def _case(name: str, pattern: Pattern, rule: Callable[[Setting], Rule], **claims: bool) -> Case:
@@ -112,6 +129,51 @@ CASES = (
     _case("bigbird_full_length", _BIGBIRD_FULL, _bigbird(_BIGBIRD_FULL, 8)),
     _case("bigbird_padded", _BIGBIRD_PADDED, _bigbird(_BIGBIRD_PADDED, 8)),
     _case(
+        "sparse_fixed",
+        _make("sparse_transformer", stride=8, summary=3),
+        _drawn(system_rules.sparse_transformer, kind="fixed", stride=8, summary=3),
+        in_flex=False,
+    ),
+    _case(
+        "sparse_fixed_separate",
+        _make("sparse_transformer", stride=8, summary=3, heads="separate"),
+        _drawn(
+            system_rules.sparse_transformer, kind="fixed", stride=8, summary=3, heads_mode="separate", num_heads=HEADS
+        ),
+        is_never_empty=False,
+        in_flex=False,
+    ),
+    _case(
+        "sparse_strided_interleaved",
+        _make("sparse_transformer", kind="strided", stride=5, heads="interleaved", summary=1),
+        _drawn(
+            system_rules.sparse_transformer,
+            kind="strided",
+            stride=5,
+            summary=1,
+            heads_mode="interleaved",
+            by_layer=True,
+        ),
+    ),
+    _case(
+        "image_1d",
+        _make("image_1d", block_size=8, memory=5, num_prefix_tokens=2),
+        _drawn(system_rules.image_1d, block_size=8, memory=5, num_prefix_tokens=2),
+        in_flex=False,
+    ),
+    _case(
+        "image_2d",
+        _make("image_2d", width=9, query_block=(2, 4), flange=(1, 2), num_prefix_tokens=1),
+        _drawn(system_rules.image_2d, width=9, query_block=(2, 4), flange=(1, 2), num_prefix_tokens=1),
+        in_flex=False,
+    ),
+    _case(
+        "axial",
+        _make("axial", width=7, num_prefix_tokens=1),
+        _drawn(system_rules.axial, width=7, num_prefix_tokens=1, by_layer=True),
+        in_flex=False,
+    ),
+    _case(
         "union_of_windows",
         _make("band", radius=2) | _make("strided", stride=7),
         lambda s: rules.union(rules.band(2), rules.strided(7)),
@@ -148,12 +210,22 @@ CASES = (
         ),
     ),
 )
+IN_FLEX = tuple(case for case in CASES if case.in_flex)
 NEVER_EMPTY = tuple(case for case in CASES if case.is_never_empty)
 WITH_GLOBALS = tuple(case for case in CASES if case.pattern.has_global_tokens)
 
 
-# windows and globals on some heads, blocks and globals, nothing but random blocks, all parts at once, heads that differ
-SAMPLE = ("longformer_dilated_by_head", "bigbird_published", "random", "union_of_all_atoms", "by_head")
+# what SAMPLE covers: columns, sets of queries of their own, windows and globals on some heads, blocks and globals, nothing but
+# random blocks, all parts at once, heads that differ
+SAMPLE = (
+    "sparse_fixed",
+    "image_2d",
+    "longformer_dilated_by_head",
+    "bigbird_published",
+    "random",
+    "union_of_all_atoms",
+    "by_head",
+)
 
 
 def sampled(cases: tuple[Case, ...] = CASES, names: tuple[str, ...] = SAMPLE) -> list[Any]:

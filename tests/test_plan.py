@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import plan as plan_module
+from hf_sparse import cutter as cutter_module
 from hf_sparse.backends.gather import cached_plan
 from hf_sparse.parts import BlockTable, BlockWindow, Globals, Scope, with_global_positions
 from hf_sparse.patterns import Pattern
@@ -109,8 +109,8 @@ def test_a_plan_in_small_slices_holds_every_edge_once(
     case: Case, is_causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # long sequences are cut into slices of limited size; a small limit cuts short ones
-    monkeypatch.setattr(plan_module, "MAX_SCORES", 60)
-    monkeypatch.setattr(plan_module, "BLOCK_SCORES", 60)
+    monkeypatch.setattr(cutter_module, "MAX_SCORES", 60)
+    monkeypatch.setattr(cutter_module, "BLOCK_SCORES", 60)
     check(case, Setting(65, 1, is_causal))
 
 
@@ -121,8 +121,8 @@ def test_a_plan_in_runs_and_slices_holds_every_edge_once(
 ) -> None:
     n = 331
     # one block of 64 queries against a narrow window still fits
-    monkeypatch.setattr(plan_module, "MAX_SCORES", 6000)
-    monkeypatch.setattr(plan_module, "BLOCK_SCORES", 6000)
+    monkeypatch.setattr(cutter_module, "MAX_SCORES", 6000)
+    monkeypatch.setattr(cutter_module, "BLOCK_SCORES", 6000)
     scope = Scope(n, HEADS, 1, is_causal)
     counts = count_pairs(make_plan(case.pattern.parts(scope), scope), n)
     assert torch.equal(counts, case.pattern.mask(n, heads=HEADS, layer=1, is_causal=is_causal).long())

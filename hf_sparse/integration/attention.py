@@ -1,7 +1,8 @@
 """The attention function registered with transformers."""
 
+import dataclasses
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,10 @@ def attend(
         )
     mask = read_mask(attention_mask, module, is_causal)
     _refuse(module, mask.refusal, sliding_window)
+    has_nodes = tag.pattern is not None and tag.pattern.has_nodes and not tag.pattern.pools_nodes
+    if has_nodes:
+        mask = _with_nodes(tag.pattern, mask, key, document_ids)  # type: ignore[arg-type]
+        document_ids = position_ids = None
     if mask.padding is not None and tuple(mask.padding.shape) != (key.shape[0], key.shape[2]):
         raise ValueError(
             f"attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.padding.shape)}"
@@ -74,10 +79,13 @@ def attend(
     hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
     if hidden_states is not None:
         module._sparse_hidden = None  # type: ignore[assignment]
+    if has_nodes and global_attention_mask is not None:
+        nodes = key.shape[2] - tag.pattern.num_tokens(key.shape[2])
+        global_attention_mask = nn.functional.pad(global_attention_mask, (0, nodes))
     if document_ids is None:
         document_ids = mask.document_ids
     if document_ids is None and mask.padding is None and not mask.is_causal and position_ids is not None:
-        document_ids = _documents(position_ids, key)
+        document_ids = documents_of(position_ids, key.shape[0], key.shape[2])
     attended: Any = sparse_attention(
         query,
         key,
@@ -118,6 +126,11 @@ class NamedPattern:
             raise ValueError(
                 f"pattern {self.pattern.key!r} owns weights on each layer, so no attention name can serve it; "
                 "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False)"
+            )
+        if self.pattern.has_nodes and not self.pattern.pools_nodes:
+            raise ValueError(
+                f"pattern {self.pattern.key!r} has nodes that live through all layers, so no attention name can serve it; "
+                "use hf_sparse.sparsify_(model, pattern)"
             )
         if not self.has_warned and not torch.compiler.is_compiling():
             self.has_warned = True
@@ -183,14 +196,42 @@ def _read_global_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
     return mask != 0
 
 
-def _documents(position_ids: Tensor, key: Tensor) -> Tensor | None:
+def _with_nodes(pattern: Pattern, mask: SparseMask, key: Tensor, document_ids: Tensor | None) -> SparseMask:
+    """Return a mask with room for the nodes behind the tokens; packed rows, whose documents would share them, are refused."""
+    if mask.is_causal:
+        raise ValueError(
+            f"pattern {pattern.key!r} has nodes that start as means of tokens, so in a causal model they would know what comes"
+        )
+    total = key.shape[2]
+    tokens = pattern.num_tokens(total)
+    if document_ids is not None or mask.document_ids is not None:
+        refuse_packed(pattern)
+    if mask.padding is None:
+        return mask
+    padding = nn.functional.pad(mask.padding[:, :tokens], (0, total - tokens), value=True)
+    return dataclasses.replace(mask, padding=padding)
+
+
+def documents_of(position_ids: Tensor, batch: int, tokens: int) -> Tensor | None:
     """Return documents where the positions run in several stretches that all start at the same number, else one."""
-    if position_ids.dim() != 2 or position_ids.shape[1] != key.shape[2]:
+    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
         return None
     first = position_ids[:, :1]
     starts = torch.diff(position_ids, dim=1, prepend=first - 1) != 1
     is_packed = (~starts | (position_ids == first)).all()
-    return ((starts & is_packed).cumsum(1)).expand(key.shape[0], -1)
+    return ((starts & is_packed).cumsum(1)).expand(batch, -1)
+
+
+def refuse_packed(pattern: Pattern) -> NoReturn:
+    """Refuse rows of several documents.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"pattern {pattern.key!r} has nodes that are no tokens, which the documents of a packed row would share; "
+        "give each document a row of its own"
+    )
 
 
 def _dense(

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.global_defaults import default_global_mask
 from hf_sparse.integration.layers import attach, copy_projections, self_attention_modules, tag_of
+from hf_sparse.integration.nodes import add_nodes, reset_nodes
 from hf_sparse.integration.positions import lengthen_
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import FAMILIES
@@ -41,14 +42,18 @@ class SparseModelMixin:
     _keys_to_ignore_on_load_missing: Any
 
     def post_init(self) -> None:
-        self._sparse_fresh = attach(self, read_entry(self.config))  # type: ignore[arg-type, attr-defined]
+        entry = read_entry(self.config)  # type: ignore[attr-defined]
+        self._sparse_fresh = attach(self, entry)  # type: ignore[arg-type]
+        add_nodes(self, entry)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
         # weights that are not in a dense checkpoint are not missing: they start as copies
-        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), r"\.sparse_state\."}
+        ours = (r"\.sparse_state\.", r"(^|\.)sparse_nodes\.")
+        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), *ours}
 
     def initialize_weights(self) -> None:
         super().initialize_weights()  # type: ignore[misc]
         copy_projections(self._sparse_fresh)
+        reset_nodes(self)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:

@@ -8,11 +8,13 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.auto import SparseModelMixin, sparse_config_class, sparse_model_class
 from hf_sparse.integration.entry import make_entry
 from hf_sparse.integration.layers import attach, check_entry, copy_projections, self_attention_modules
+from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
 from hf_sparse.integration.positions import check_max_length
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import check_obeys
@@ -55,13 +57,19 @@ def sparsify_(
             del module.sparse_state
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
+    take_nodes(model)
     sparse: Any = sparse_model_class(dense)
     _give_own_config(model)
     model.config.__class__ = sparse.config_class
     model.config.sparse_attention = entry.to_dict()
     model.__class__ = sparse
+    # transformers knows which outputs a class can record from its __init__, which has run as the dense class
+    key: Any = str(sparse) if type(_CAN_RECORD_REGISTRY) is dict else model
+    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
     model.set_attn_implementation(NAME)
     copy_projections(attach(model, entry))
+    add_nodes(model, entry)
+    reset_nodes(model)
     return model
 
 

@@ -59,6 +59,10 @@ class BigBird(Pattern):
     def num_nodes(self, n: int) -> int:
         return self.num_external_global
 
+    @property
+    def num_node_vectors(self) -> int:
+        return max(self.num_external_global, 1)
+
     def node_spans(self, n: int) -> Tensor:
         return even_spans(n, self.num_external_global)
 

@@ -38,6 +38,10 @@ class _Combination(Pattern):
         return next(member for member in self.members if member.has_nodes).node_spans(n)
 
     @property
+    def num_node_vectors(self) -> int:
+        return max(member.num_node_vectors for member in self.members if member.has_nodes)
+
+    @property
     def pools_nodes(self) -> bool:
         return any(member.pools_nodes for member in self.members)
 

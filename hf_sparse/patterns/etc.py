@@ -51,6 +51,10 @@ class ETC(Pattern):
     def num_nodes(self, n: int) -> int:
         return self.num_global if self.segments is None else -(-n // self.segments)
 
+    @property
+    def num_node_vectors(self) -> int:
+        return self.num_global if self.segments is None else 1
+
     def node_spans(self, n: int) -> Tensor:
         return even_spans(n, self.num_global) if self.segments is None else block_spans(n, self.segments)
 

@@ -53,6 +53,11 @@ class Pattern:
         raise NotImplementedError
 
     @property
+    def num_node_vectors(self) -> int:
+        """Return how many learned vectors nodes have; node j has the vector j modulo that."""
+        return 1
+
+    @property
     def pools_nodes(self) -> bool:
         """Whether nodes are made on each layer from keys and values, and are no part of the sequence given."""
         return False

@@ -39,6 +39,10 @@ class StarTransformer(Pattern):
     def num_nodes(self, n: int) -> int:
         return self.num_relays
 
+    @property
+    def num_node_vectors(self) -> int:
+        return self.num_relays
+
     def node_spans(self, n: int) -> Tensor:
         return torch.tensor([[0, n]]).expand(self.num_relays, -1)
 

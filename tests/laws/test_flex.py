@@ -13,7 +13,7 @@ from hf_sparse.backends import flex
 from hf_sparse.backends.dense import draw_edges
 from hf_sparse.backends.dropout import draw_words, mix, threshold
 from hf_sparse.patterns import Pattern
-from tests.pattern_cases import CASES, HEADS, Case, Setting, attention, case_name, case_of, sampled
+from tests.pattern_cases import HEADS, IN_FLEX, Case, Setting, attention, case_name, case_of, sampled
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths, assert_within_rounding
 from tests.support.softmax import attend_by_rows, random_tensors
@@ -35,7 +35,7 @@ def check_equals_dense(pattern: Pattern, tensors: tuple[Tensor, ...], **settings
 
 @both_ways
 @pytest.mark.parametrize("n", [1, pytest.param(7, marks=pytest.mark.slow), 65])
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", IN_FLEX, ids=case_name)
 def test_outputs_equal_the_loop_oracle(case: Case, n: int, is_causal: bool) -> None:
     tensors = random_tensors(tokens=n, key_heads=2, width=WIDTH, value_width=3)
     results = attention(case.pattern, is_causal=is_causal, layer=1, backend="flex", return_lse=True)(*tensors)
@@ -46,13 +46,13 @@ def test_outputs_equal_the_loop_oracle(case: Case, n: int, is_causal: bool) -> N
 
 @both_ways
 @pytest.mark.parametrize("n", [pytest.param(130, marks=pytest.mark.slow), 300])
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_longer_outputs_equal_dense(case: Case, n: int, is_causal: bool) -> None:
     check_equals_dense(case.pattern, random_tensors(tokens=n, key_heads=2, width=WIDTH), is_causal=is_causal)
 
 
 @both_ways
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_padding_documents_and_global_masks_equal_dense(case: Case, is_causal: bool) -> None:
     n, column = 90, torch.arange(90)
     tensors = random_tensors(batch=4, tokens=n, key_heads=2, width=WIDTH)
@@ -65,7 +65,7 @@ def test_padding_documents_and_global_masks_equal_dense(case: Case, is_causal: b
 
 
 @both_ways
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_cached_decoding_equals_dense(case: Case, is_causal: bool) -> None:
     query, key, value = random_tensors(batch=2, tokens=70, key_heads=2, width=WIDTH)
     real = torch.ones(2, 70, dtype=torch.bool)
@@ -101,7 +101,7 @@ def test_global_projections_equal_dense(is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_rounding_is_no_worse_than_dense_torch(case: Case, dtype: torch.dtype) -> None:
     tensors = tuple(tensor.to(dtype) for tensor in random_tensors(tokens=65, width=WIDTH))
     mask = case.mask(Setting(65))[None]
@@ -121,7 +121,7 @@ def kept_pairs(seed: int, batch: int, n: int, p: float) -> Tensor:
 
 
 @both_ways
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_dropout_equals_the_oracle_with_the_draw_replayed(case: Case, is_causal: bool) -> None:
     n, p, seed = 40, 0.3, 123
     tensors = random_tensors(batch=2, tokens=n, key_heads=2, width=WIDTH)
@@ -134,7 +134,7 @@ def test_dropout_equals_the_oracle_with_the_draw_replayed(case: Case, is_causal:
         assert_same_maths(actual, oracle, terms=n + WIDTH)
 
 
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_values_that_are_the_identity_show_the_draw(case: Case) -> None:
     n, p, seed = 40, 0.4, 5
     query, key, _ = random_tensors(batch=2, tokens=n, key_heads=2, width=WIDTH)

@@ -20,7 +20,7 @@ from hf_sparse.backends.flex_tags import Layout
 from hf_sparse.parts import BlockTable, BlockWindow, Part, Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.segments import Segment
-from tests.pattern_cases import CASES, HEADS, Case, Setting, case_name, case_of, sampled
+from tests.pattern_cases import HEADS, IN_FLEX, Case, Setting, case_name, case_of, sampled
 from tests.support.rules import draw_batch
 
 both_ways = pytest.mark.parametrize("is_causal", [False, True], ids=["both_sides", "causal"])
@@ -94,7 +94,7 @@ def check(layout: Layout, mask: Tensor, *, is_causal: bool, has_holes: bool = Fa
 
 @both_ways
 @pytest.mark.parametrize("n", [1, 7, 65])
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", IN_FLEX, ids=case_name)
 @pytest.mark.usefixtures("small_blocks")
 def test_blocks_and_tags_are_the_pattern(case: Case, n: int, is_causal: bool) -> None:
     layout = lay_out(case.pattern, 2, n, is_causal=is_causal, layer=1)
@@ -122,7 +122,7 @@ def sample_masks(name: str) -> dict[str, Tensor]:
 
 @both_ways
 @pytest.mark.parametrize("name", ["padding", "documents", "both", "globals", "packed_globals"])
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 @pytest.mark.usefixtures("small_blocks")
 def test_padding_documents_and_global_masks_differ_by_row(case: Case, name: str, is_causal: bool) -> None:
     masks = sample_masks(name)
@@ -142,7 +142,7 @@ def test_padding_documents_and_global_masks_differ_by_row(case: Case, name: str,
 
 @both_ways
 @pytest.mark.parametrize("rows", ["all", "shared", "own"])
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_blocks_of_full_size_equal_the_drawn_mask(case: Case, rows: str, is_causal: bool) -> None:
     n = 430
     masks = {"document_ids": torch.stack([torch.zeros(n).long(), torch.arange(n) // 260])}
@@ -183,7 +183,7 @@ def test_a_block_inside_a_hole_is_not_read(pattern: Pattern, is_causal: bool) ->
 
 
 @both_ways
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 @pytest.mark.usefixtures("small_blocks")
 def test_queries_that_are_not_the_keys_read_every_block_in_part(case: Case, is_causal: bool) -> None:
     real = torch.arange(60).expand(2, -1) >= torch.tensor([[0], [11]])

@@ -14,7 +14,7 @@ from hf_sparse.backends import flex
 from hf_sparse.backends.dense import draw_edges
 from hf_sparse.backends.dropout import draw_words, mix, threshold
 from hf_sparse.patterns import Pattern
-from tests.pattern_cases import CASES, HEADS, Case, attention, case_name, case_of, sampled
+from tests.pattern_cases import HEADS, IN_FLEX, Case, attention, case_name, case_of, sampled
 from tests.support.rounding import assert_within_rounding
 from tests.support.softmax import random_tensors
 
@@ -83,7 +83,7 @@ def compare(attend: Any, dtype: torch.dtype, mask: Tensor, multiplier: Tensor | 
 @all_dtypes
 @both_ways
 @pytest.mark.parametrize("name", ["nothing", "padding", "documents"])
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", IN_FLEX, ids=case_name)
 def test_flex_equals_float64_forward_and_backward(case: Case, name: str, is_causal: bool, dtype: torch.dtype) -> None:
     masks = masks_of(name, has_globals=case.pattern.has_global_tokens)
     on_device = {key: mask.cuda() for key, mask in masks.items()}
@@ -92,7 +92,7 @@ def test_flex_equals_float64_forward_and_backward(case: Case, name: str, is_caus
 
 
 @all_dtypes
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", sampled(IN_FLEX))
 def test_flex_dropout_equals_float64_with_the_draw_replayed(case: Case, dtype: torch.dtype) -> None:
     p, seed = 0.3, 11
     torch.manual_seed(seed)

@@ -1,0 +1,174 @@
+"""Nodes that are no tokens: put behind the embeddings, taken off behind the last layer.
+
+One module on the base model does it, by three hooks of its own. Position 0 stays the first token, and what comes out has the
+caller's length.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.attention import documents_of, refuse_packed
+from hf_sparse.integration.entry import Entry
+from hf_sparse.patterns import Pattern
+
+
+class Nodes(nn.Module):
+    """The nodes of a model: each starts as the mean of some tokens' embeddings and a learned vector.
+
+    Attributes:
+        weight: float ``[vectors, hidden_size]``, the learned vectors; 0 in a converted checkpoint.
+
+    Args:
+        pattern: says how many nodes there are and which tokens each starts as.
+        hidden_size: width of the embeddings.
+    """
+
+    def __init__(self, pattern: Pattern, hidden_size: int) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.weight = nn.Parameter(torch.empty(pattern.num_node_vectors, hidden_size))
+        # of the pass under way: the attention mask, and the tokens once they are known
+        self._padding: Tensor | None = None
+        self._tokens: int | None = None
+
+    def reset(self) -> None:
+        """Set the learned vectors to 0."""
+        nn.init.zeros_(self.weight)
+
+    def hook(self, base: nn.Module, embeddings: nn.Module) -> None:
+        """Register the hooks on a base model and its embeddings."""
+        base.register_forward_pre_hook(self._keep_padding, with_kwargs=True)
+        embeddings.register_forward_hook(self._append)
+        base.register_forward_hook(self._take_off, always_call=True)
+
+    def forward(self, embedded: Tensor, is_real: Tensor | None) -> Tensor:
+        """Return the nodes of a batch.
+
+        Args:
+            embedded: float ``[B, T, hidden_size]``.
+            is_real: bool ``[B, T]``, True = a real token; None where all are.
+
+        Returns:
+            float ``[B, nodes, hidden_size]``; a row with fewer tokens has its nodes first, and zeros behind them.
+        """
+        batch, tokens, _ = embedded.shape
+        nodes = self.pattern.num_nodes(tokens)
+        if is_real is None:
+            starts, lengths = [0] * batch, [tokens] * batch
+        else:
+            starts, lengths = _stretches(is_real)
+        at = torch.zeros(batch, nodes, 2, dtype=torch.int64)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            if length:
+                spans = self.pattern.node_spans(length) + start
+                at[row, : len(spans)] = spans
+        at = at.to(embedded.device)
+        held = embedded.double() if is_real is None else embedded.double() * is_real[..., None]
+        sums = nn.functional.pad(held.cumsum(1), (0, 0, 1, 0))
+        first, last = (at[..., end, None].expand(-1, -1, embedded.shape[2]) for end in range(2))
+        real = torch.ones(batch, tokens, device=embedded.device) if is_real is None else is_real.float()
+        counts = nn.functional.pad(real.cumsum(1), (1, 0))
+        count = (counts.gather(1, at[..., 1]) - counts.gather(1, at[..., 0])).clamp(min=1)
+        means = ((sums.gather(1, last) - sums.gather(1, first)) / count[..., None]).to(embedded.dtype)
+        vector = torch.arange(nodes, device=embedded.device) % len(self.weight)
+        is_node = (at[..., 1] > at[..., 0])[..., None]
+        return (means + self.weight[vector].to(embedded.dtype)) * is_node
+
+    def _keep_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**given.get("kwargs", {}), **given}
+        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+        if isinstance(position_ids, Tensor) and not torch.compiler.is_compiling():
+            documents = documents_of(position_ids, *position_ids.shape)
+            if documents is not None and bool((documents > 0).any()):
+                refuse_packed(self.pattern)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise ValueError(
+                f"pattern {self.pattern.key!r} has nodes that are no tokens and needs a padding mask [batch, tokens], got "
+                f"{tuple(getattr(mask, 'shape', ())) or type(mask).__name__}"
+            )
+        self._padding, self._tokens = mask, None
+
+    def _append(self, _module: nn.Module, _args: tuple[Any, ...], embedded: Any) -> Any:
+        self._tokens = embedded.shape[1]
+        return torch.cat([embedded, self(embedded, None if self._padding is None else self._padding != 0)], 1)
+
+    def _take_off(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        tokens, self._padding, self._tokens = self._tokens, None, None
+        if tokens is None or output is None:
+            return output
+        total = tokens + self.pattern.num_nodes(tokens)
+        if isinstance(output, dict):
+            for name, value in output.items():
+                output[name] = _cut(value, tokens, total)
+            return output
+        return _cut(output, tokens, total)
+
+
+def _cut(value: Any, tokens: int, total: int) -> Any:
+    """Return hidden states, one or many, without the nodes."""
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(one, tokens, total) for one in value)
+    is_hidden = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == total
+    return value[:, :tokens] if is_hidden else value
+
+
+def _stretches(is_real: Tensor) -> tuple[list[int], list[int]]:
+    """Return where the real tokens of each row begin, and over how many tokens they run."""
+    first = is_real.int().argmax(1)
+    last = is_real.shape[1] - is_real.flip(1).int().argmax(1)
+    length = (last - first) * is_real.any(1)
+    return first.tolist(), length.tolist()
+
+
+def add_nodes(model: nn.Module, entry: Entry) -> None:
+    """Give the base model of a model the nodes that its patterns ask for; one that has them keeps them.
+
+    Raises:
+        ValueError: if layers differ in their nodes.
+        UnsupportedModelError: if the model has no embeddings to put nodes behind.
+    """
+    patterns = [entry.pattern, *(pattern for _, pattern in entry.layers)]
+    asking = [pattern for pattern in patterns if pattern is not None and pattern.has_nodes and not pattern.pools_nodes]
+    if not asking:
+        return
+    if entry.layers:
+        raise ValueError(
+            f"pattern {asking[0].key!r} has nodes that live through all layers, so it has to serve all: give no layers"
+        )
+    base: Any = getattr(model, "base_model", model)
+    if isinstance(getattr(base, "sparse_nodes", None), Nodes):
+        return
+    embeddings = getattr(base, "embeddings_project", None) or getattr(base, "embeddings", None)
+    if embeddings is None:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no embeddings that nodes could be put behind, which pattern {asking[0].key!r} needs"
+        )
+    weight = next(base.parameters())
+    nodes = Nodes(asking[0], base.config.hidden_size).to(device=weight.device, dtype=weight.dtype)
+    nodes.hook(base, embeddings)
+    base.sparse_nodes = nodes
+
+
+def take_nodes(model: nn.Module) -> None:
+    """Take the nodes from a model, and their hooks."""
+    for module in list(model.modules()):
+        nodes = module._modules.pop("sparse_nodes", None)
+        if nodes is None:
+            continue
+        for hooked in module.modules():
+            for hooks in (hooked._forward_pre_hooks, hooked._forward_hooks):
+                for number in [n for n, hook in hooks.items() if getattr(hook, "__self__", None) is nodes]:
+                    hooks.pop(number)
+
+
+def reset_nodes(model: nn.Module) -> None:
+    """Start the learned vectors that were not loaded."""
+    for module in model.modules():
+        if isinstance(module, Nodes) and not getattr(module.weight, "_is_hf_initialized", False):
+            module.reset()
