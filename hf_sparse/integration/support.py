@@ -14,11 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.layers import dispatches, self_attention_modules
 from hf_sparse.integration.mask import SparseMask, sparse_mask
+from hf_sparse.integration.vision import VISION_FAMILIES, VisionFamily, vision_family_of
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one model type stores its learned positions.
+    """How one model type that reads text stores its learned positions.
 
     Attributes:
         positions: how the name of the position table ends.
@@ -38,13 +39,14 @@ class Family:
 
 
 # model types whose checkpoints can be converted
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Family | VisionFamily] = {
     "bert": Family(),
     "camembert": Family(counts_from_padding=True),
     "distilbert": Family(),
     "electra": Family(),
     "roberta": Family(counts_from_padding=True),
     "xlm-roberta": Family(counts_from_padding=True),
+    **VISION_FAMILIES,
 }
 
 _PROBE = "hf_sparse:probe"
@@ -69,6 +71,7 @@ def check_obeys(model_class: type[nn.Module], config: Any) -> None:
             f"{name} cannot be made sparse: its attention does not go through transformers' attention interface, so a "
             "pattern would be silently ignored"
         )
+    check_no_position_bias(config)
     tiny = _tiny_config(config)
     tiny._attn_implementation = _PROBE
     with _probing() as calls, torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -93,6 +96,20 @@ def check_obeys(model_class: type[nn.Module], config: Any) -> None:
             raise UnsupportedModelError(f"{name} cannot be made sparse: {path} was not handed the padding mask")
     if not modules:
         raise UnsupportedModelError(f"{name} cannot be made sparse: it has no self-attention module")
+
+
+def check_no_position_bias(config: Any) -> None:
+    """Check that a model adds no bias of relative positions to its attention mask, as most BEiT checkpoints do.
+
+    Raises:
+        UnsupportedModelError: if it does.
+    """
+    for field in ("use_relative_position_bias", "use_shared_relative_position_bias"):
+        if getattr(config, field, False):
+            raise UnsupportedModelError(
+                f"{config.model_type} with {field}=True cannot be made sparse: it adds a bias for every pair of tokens to its "
+                "attention, which sparse attention does not serve; take a checkpoint with absolute positions"
+            )
 
 
 def _may_dispatch(model_class: type[nn.Module]) -> bool:
@@ -121,6 +138,13 @@ def _tiny_config(config: Any) -> Any:
     for field, most in (("num_hidden_layers", 2), ("encoder_layers", 2), ("decoder_layers", 2)):
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(most, getattr(tiny, field)))
+    if vision_family_of(tiny) is not None:
+        # two rows of two patches
+        patch = tiny.patch_size
+        tiny.image_size = 2 * patch if isinstance(patch, int) else [2 * patch[0], 2 * patch[1]]
+        # the layers that a segmentation head reads
+        if getattr(tiny, "_out_indices", None):
+            tiny._out_indices = [min(index, tiny.num_hidden_layers) for index in tiny._out_indices]
     special = [v for k, v in vars(tiny).items() if k.endswith("_token_id") and isinstance(v, int)]
     if isinstance(getattr(tiny, "vocab_size", None), int):
         tiny.vocab_size = min(tiny.vocab_size, max([32, *[v + 1 for v in special if v < 1000]]))
