@@ -72,7 +72,9 @@ def check_obeys(model_class: type[nn.Module], config: Any) -> None:
             "pattern would be silently ignored"
         )
     check_no_position_bias(config)
-    tiny = _tiny_config(config)
+    # a segmentation head reads layers by number
+    is_whole = model_class.__name__.endswith("ForSemanticSegmentation")
+    tiny = _tiny_config(config, most_layers=config.num_hidden_layers if is_whole else 2)
     tiny._attn_implementation = _PROBE
     with _probing() as calls, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = model_class(tiny).eval()
@@ -133,18 +135,15 @@ def _attends_alone(path: str, module: nn.Module) -> bool:
     return bool(re.search(r"Attention$", type(module).__name__)) and linears >= 3 and not dispatches(module)
 
 
-def _tiny_config(config: Any) -> Any:
+def _tiny_config(config: Any, *, most_layers: int) -> Any:
     tiny = copy.deepcopy(config)
-    for field, most in (("num_hidden_layers", 2), ("encoder_layers", 2), ("decoder_layers", 2)):
+    for field in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
-            setattr(tiny, field, min(most, getattr(tiny, field)))
+            setattr(tiny, field, min(most_layers, getattr(tiny, field)))
     if vision_family_of(tiny) is not None:
         # two rows of two patches
         patch = tiny.patch_size
         tiny.image_size = 2 * patch if isinstance(patch, int) else [2 * patch[0], 2 * patch[1]]
-        # the layers that a segmentation head reads
-        if getattr(tiny, "_out_indices", None):
-            tiny._out_indices = [min(index, tiny.num_hidden_layers) for index in tiny._out_indices]
     special = [v for k, v in vars(tiny).items() if k.endswith("_token_id") and isinstance(v, int)]
     if isinstance(getattr(tiny, "vocab_size", None), int):
         tiny.vocab_size = min(tiny.vocab_size, max([32, *[v + 1 for v in special if v < 1000]]))
