@@ -10,7 +10,12 @@ from hf_sparse.global_rows import names_global_tokens
 from hf_sparse.integration.vision import vision_family_of, vision_grid
 from hf_sparse.patterns import Pattern
 
-_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction", "ForImageClassification")
+_FIRST_TOKEN_HEADS = (
+    "ForSequenceClassification",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "ForImageClassification",
+)
 
 
 def default_global_mask(
