@@ -25,7 +25,7 @@ def convert_command(
         str | None,
         typer.Option(
             "--image-size",
-            help="For a model of images, its largest: pixels, or HEIGHTxWIDTH; positions are interpolated. [default: the source's]",
+            help="Largest image, in pixels or as HEIGHTxWIDTH; the positions are interpolated. [default: the source's]",
         ),
     ] = None,
     layers: Annotated[

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto import image_processing_auto
 
 
 def raise_image_size(held: dict[str, Any], pixels: tuple[int, int]) -> None:
@@ -29,9 +29,10 @@ def name_image_processor(held: dict[str, Any], model_type: str) -> None:
     """Name the class of an image processor, which transformers would else look up by the model type."""
     if held.get("image_processor_type") or held.get("feature_extractor_type"):
         return
-    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
-    if isinstance(names, dict) and names.get("torchvision"):
-        held["image_processor_type"] = names["torchvision"]
+    known: Any = vars(image_processing_auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
+    name = known.get(model_type, {}).get("torchvision")
+    if name is not None:
+        held["image_processor_type"] = name
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

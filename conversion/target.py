@@ -42,7 +42,7 @@ class Target:
         length: longest input of the destination, in tokens.
         copies: maps the names of weights that are added to the names of those they start as copies of, as the class has them.
         shapes: of the weights of the dense class, by name.
-        table_shape: of the destination's table of positions.
+        table_shape: of the destination's table of positions; () where there is none.
         renamings: what transformers renames as it loads the dense class.
     """
 
@@ -137,6 +137,7 @@ def plan_target(
     for served in {entry.pattern_of(stack, index) for stack, index, *_ in modules}:
         if served is not None:
             served.check(num_layers=len(modules), num_heads=config.num_attention_heads, length=length)
+    tables = [weight for name, weight in model.named_parameters() if name.endswith(family.positions)]
     return Target(
         dense_class=classes[0],
         architectures=tuple(cls.__name__ for cls in classes),
@@ -148,9 +149,7 @@ def plan_target(
         length=length,
         copies=_copies(model),
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
-        table_shape=next(
-            (tuple(weight.shape) for name, weight in model.named_parameters() if name.endswith(family.positions)), ()
-        ),
+        table_shape=tuple(tables[0].shape) if tables else (),
         renamings=renamings_of(dense),
     )
 

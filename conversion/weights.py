@@ -135,15 +135,15 @@ def _carry(tensor: StoredTensor, name: str) -> Piece:
 
 
 def _lengthen(tensor: StoredTensor, checkpoint: Checkpoint, target: Target) -> Piece:
-    shape, dtype = target.table_shape, _DTYPES.get(tensor.dtype)
-    if target.image_size is not None and dtype is None:
+    is_text, shape = target.image_size is None, target.table_shape
+    if not is_text and tensor.dtype not in _DTYPES:
         raise ConversionError(f"{checkpoint.name}: {tensor.name} has type {tensor.dtype}, which cannot be interpolated")
-    # of text as bytes, so that every type is moved and none is rounded
     size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
 
     def chunks() -> Iterator[bytes]:
         held = torch.frombuffer(bytearray().join(tensor.chunks()), dtype=torch.uint8)
-        held = held.view(tensor.shape[0], -1) if target.image_size is None else held.view(dtype).view(tensor.shape)
+        # of text as bytes, so that every type is moved and none is rounded
+        held = held.view(tensor.shape[0], -1) if is_text else held.view(_DTYPES[tensor.dtype]).view(tensor.shape)
         table = longer_table(held, target.dense_config, target.config)
         yield table.contiguous().view(torch.uint8).numpy().tobytes()
 

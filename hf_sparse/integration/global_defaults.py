@@ -30,8 +30,9 @@ def default_global_mask(
 ) -> Tensor | None:
     """Return the global tokens of a task head, as in the in-tree Longformer.
 
-    Classification, of texts and of images, marks the first real token (CLS; DeiT's head with two classifiers also the second); extractive question answering marks the question, which is all
-    before the first separator. Other heads mark nothing, and neither does one whose pattern names its own tokens.
+    Classification marks the first real token (CLS), of images too, and where a distillation token is classified also that;
+    extractive question answering marks the question, which is all before the first separator. Other heads mark nothing,
+    and neither does one whose pattern names its own tokens.
 
     Args:
         class_name: of the model.

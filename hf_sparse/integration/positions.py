@@ -129,11 +129,11 @@ def _fit_buffers_(model: nn.Module, rows: int) -> None:
 def _fit_images_(model: nn.Module, wanted: Any) -> None:
     """Let the embeddings expect larger images: they keep the size that they were built for."""
     _, height, width = vision_grid(wanted)
+    fitting = {"image_size": image_pixels(wanted), "num_patches": height * width}
     for module in model.modules():
-        if hasattr(module, "image_size"):
-            module.image_size = image_pixels(wanted)
-        if hasattr(module, "num_patches"):
-            module.num_patches = height * width
+        for name, value in fitting.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
 
 
 def _rows(config: Any, family: Family, max_length: Any) -> int:
