@@ -179,6 +179,11 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
                 raise ValueError(
                     f"global_attention_mask must be a tensor [batch, tokens], got {global_attention_mask!r}"
                 )
+            if self.__dict__.get("_sparse_closed") is not None:
+                raise ValueError(
+                    f"{type(self).__name__} cannot mark global tokens by global_attention_mask: {self._sparse_closed} of "
+                    f"transformers {transformers.__version__} passes it on to no attention; name them in the pattern"
+                )
             kwargs["global_attention_mask"] = global_attention_mask.flatten(0, -2)
         return dense.forward(self, *args, **kwargs)
 

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
-from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 import hf_sparse
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.vision import vision_grid
+from hf_sparse.patterns import Pattern
 from tests.support.models import (
     VISION_FAMILIES,
     tiny_config,
@@ -121,21 +128,26 @@ def test_an_image_that_is_not_square_is_read_as_the_dense_model_reads_it(family:
 
 @pytest.mark.parametrize("pattern", [MARKED, BIGBIRD], ids=lambda p: p.key)
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_tokens_read_along_the_pattern(family: str, pattern: hf_sparse.patterns.Pattern) -> None:
+def test_tokens_read_along_the_pattern(family: str, pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     images = tiny_images(16)
-    sparse = hf_sparse.sparsify_(tiny_vision_model(family), pattern)
-    dense = tiny_vision_model(family)
     masks = torch.stack([pattern.mask(16 + PREFIX[family], heads=4, layer=layer) for layer in range(2)])
-    layers = dense.layers if hasattr(dense, "layers") else dense.encoder.layer
-    for layer, mask in zip(layers, masks, strict=True):
-        layer.attention.register_forward_pre_hook(
-            lambda _module, args, kwargs, mask=mask: (args[:1], {**kwargs, "attention_mask": mask[None]}),
-            with_kwargs=True,
-        )
-    plain, open_ = first(dense, images), first(tiny_vision_model(family), images)
-    got = first(sparse, images)
+    at: list[int] = []
+
+    def masked(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Any:
+        mask = masks[len(at) % 2]
+        at.append(0)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=kwargs["scaling"])
+        return out.transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "masked", masked)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "masked", lambda **_: None)
+    dense = tiny_vision_model(family)
+    dense.set_attn_implementation("masked")
+    plain, unmasked = first(dense, images), first(tiny_vision_model(family), images)
+    got = first(hf_sparse.sparsify_(tiny_vision_model(family), pattern), images)
     assert_within_rounding(got, first(dense.double(), images.double()), plain)
-    assert (got - open_).abs().max() > 0.01
+    assert len(at) == 4
+    assert (got - unmasked).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("way", ["sparsify_", "sparse_config"])
@@ -208,6 +220,16 @@ def test_a_head_marks_cls_of_images_larger_than_its_config_names() -> None:
     marks = torch.zeros(2, 1 + 3 * 7, dtype=torch.int64).index_fill(1, torch.tensor(0), 1)
     images = tiny_images(12, 28)
     assert torch.equal(first(model, images), first(model, images, global_attention_mask=marks))
+
+
+def test_a_layer_that_would_lose_the_global_tokens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = type(tiny_vision_model("ViT").layers[0])
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, hidden_states, attention_mask=None: forward(self, hidden_states))
+    model = hf_sparse.sparsify_(tiny_vision_model("ViT", "ForImageClassification"), UNNAMED)
+    with pytest.raises(ValueError, match=r"ViTLayer of transformers .* passes it on to no attention; name them in the"):
+        first(model, tiny_images(16), global_attention_mask=torch.ones(2, 17))
+    first(hf_sparse.sparsify_(tiny_vision_model("ViT"), MARKED), tiny_images(16))
 
 
 @pytest.mark.parametrize(
