@@ -19,7 +19,14 @@ def convert_command(
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", help="Longest input, in tokens; the positions are tiled. [default: the source's]"),
+        typer.Option("--max-length", help="Longest text, in tokens; the positions are tiled. [default: the source's]"),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size",
+            help="Largest image, in pixels or as HEIGHTxWIDTH; the positions are interpolated. [default: the source's]",
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None,
@@ -45,6 +52,7 @@ def convert_command(
         destination,
         read_pattern(pattern, settings or ()),
         max_length=max_length,
+        image_size=None if image_size is None else _read_size(image_size),
         layers=dict(_read_layer(text) for text in layers or ()),
         overwrite=overwrite,
         verify=verify,
@@ -54,6 +62,13 @@ def convert_command(
         print(json.dumps(report.to_dict(), indent=2))
     else:
         Console().print(report.table())
+
+
+def _read_size(text: str) -> int | tuple[int, int]:
+    numbers = text.lower().split("x")
+    if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--image-size takes pixels or HEIGHTxWIDTH, as in 384 or 384x512; got {text!r}")
+    return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
 
 
 def _read_layer(text: str) -> tuple[str, Pattern | str]:

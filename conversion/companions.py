@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from hf_sparse.conversion.image_processor import name_image_processor, raise_image_size
 from hf_sparse.conversion.source import Checkpoint, read_json
 from hf_sparse.conversion.target import Target
 from hf_sparse.conversion.weights import weight_files
@@ -65,7 +66,7 @@ def plan_companions(checkpoint: Checkpoint, target: Target, *, raises_limits: bo
     Args:
         checkpoint: the source.
         target: what it becomes.
-        raises_limits: whether limits of length are set to the new length.
+        raises_limits: whether limits of length, and sizes of images, are set to the new ones.
 
     Raises:
         ConversionError: if a file whose limits are to be raised is not JSON.
@@ -105,16 +106,22 @@ def _rewritten(
 ) -> dict[PurePosixPath, str]:
     """Return the new contents of files with limits, by path; files that stay as they are do not appear."""
     rewritten = {}
-    length = target.length if raises_limits else None
+    length = target.length if raises_limits and target.image_size is None else None
+    pixels = target.image_size if raises_limits else None
     inner = PurePosixPath(checkpoint.inner)
     for path in carried:
         raise_limits = _editor(path.name)
-        if raise_limits is None or not _is_beside(path, checkpoint):
+        is_images = path == inner / "preprocessor_config.json" and target.image_size is not None
+        if not is_images and (raise_limits is None or not _is_beside(path, checkpoint)):
             continue
         held = read_json(checkpoint.root / path)
         before = json.dumps(held)
-        if length is not None:
+        if raise_limits is not None and length is not None:
             raise_limits(held, length)
+        if is_images and pixels is not None:
+            raise_image_size(held, pixels)
+        if is_images:
+            name_image_processor(held, target.model_type)
         if path == inner / "tokenizer_config.json":
             _name_tokenizer(held, checkpoint, target)
         if json.dumps(held) != before:

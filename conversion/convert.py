@@ -29,6 +29,7 @@ def convert(
     pattern: Pattern,
     *,
     max_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -40,9 +41,9 @@ def convert(
     started = time.monotonic()
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     wanted = check_destination(destination, source=checkpoint.root, overwrite=overwrite)
-    target = plan_target(checkpoint, pattern, max_length=max_length, layers=layers)
+    target = plan_target(checkpoint, pattern, max_length=max_length, image_size=image_size, layers=layers)
     weights = plan_weights(checkpoint, target)
-    companions = plan_companions(checkpoint, target, raises_limits=max_length is not None)
+    companions = plan_companions(checkpoint, target, raises_limits=(max_length, image_size) != (None, None))
     size = sum(shard.size for shard in weights.shards) + companions.size
     density = _density(target)
     check_space(wanted, size)
@@ -61,6 +62,8 @@ def convert(
         layers=entry["layers"],
         max_length_before=target.length_before,
         max_length=target.length,
+        image_size_before=target.image_size_before,
+        image_size=target.image_size,
         moved=weights.moved,
         tiled=weights.tiled,
         added=weights.added,

@@ -2,6 +2,7 @@
 
 import json
 
+from hf_sparse.conversion.report import inputs_in_words
 from hf_sparse.conversion.target import Target
 
 
@@ -17,10 +18,14 @@ def card(held: str | None, *, name: str, inner: str, target: Target) -> str:
     pattern = json.dumps(target.entry.to_dict()["pattern"])
     architecture = target.architectures[0]
     subfolder = f', subfolder="{inner}"' if inner else ""
+    after = inputs_in_words(target.length, target.image_size)
+    before = inputs_in_words(target.length_before, target.image_size_before)
+    if target.image_size is None:
+        after, before = f"up to {after}", before.removesuffix(" tokens")
     section = f"""## Converted to sparse attention
 
 This checkpoint was converted with `hf_sparse` from the dense `{architecture}` of `{name}`, and not trained since.
-It reads up to {target.length:,} tokens, where the dense one reads {target.length_before:,}.
+It reads {after}, where the dense one reads {before}.
 Its attention follows `{pattern}`.
 
 ```python

@@ -30,8 +30,11 @@ class ConversionReport:
         layers: patterns of single layers, or "dense".
         max_length_before: longest input of the source, in tokens.
         max_length: longest input of the destination, in tokens.
+        image_size_before: height and width of the source's images, in pixels; None where it reads text.
+        image_size: height and width of the destination's images, in pixels; None where it reads text.
         moved: parameters that stay as they were, byte for byte.
-        tiled: parameters of the tables of positions, as long as they are now; none where the length stays.
+        tiled: parameters of the tables of positions, as long as they are now, tiled for text and interpolated for images;
+            none where the length stays.
         added: parameters that start as copies of others.
         dropped: buffers of older versions that were left out; models make them anew.
         files_carried: files beside the weights and config.json, as they were but for the limits.
@@ -52,6 +55,8 @@ class ConversionReport:
     layers: dict[str, Any]
     max_length_before: int
     max_length: int
+    image_size_before: tuple[int, int] | None
+    image_size: tuple[int, int] | None
     moved: Count
     tiled: Count
     added: Count
@@ -86,10 +91,10 @@ class ConversionReport:
             ("destination", self.destination),
             ("model type", self.model_type),
             ("pattern", f"{self.pattern['key']}: {fields}"),
-            ("max length", f"{self.max_length_before:,} -> {self.max_length:,} tokens"),
+            ("longest input", f"{self._reads(before=True)} -> {self._reads()}"),
             ("density", f"{self.density:.4f} of all pairs at {self.max_length:,} tokens"),
             ("parameters moved", str(self.moved)),
-            ("parameters tiled", str(self.tiled)),
+            ("positions tiled" if self.image_size is None else "interpolated", str(self.tiled)),
             ("parameters added", str(self.added)),
             ("buffers dropped", str(self.dropped)),
             ("files carried", _listed(self.files_carried)),
@@ -105,18 +110,31 @@ class ConversionReport:
             rows.insert(4, ("layers", named))
         return rows
 
+    def _reads(self, *, before: bool = False) -> str:
+        if before:
+            return inputs_in_words(self.max_length_before, self.image_size_before)
+        return inputs_in_words(self.max_length, self.image_size)
+
     def _wide_open(self) -> str:
         if self.wide_open_difference is None:
             return self.wide_open_note
         return f"largest difference {self.wide_open_difference:.1e} ({self.wide_open_note})"
 
     def __str__(self) -> str:
+        tiled = "tiled" if self.image_size is None else "interpolated"
         return (
             f"Converted {self.source} to {self.destination} ({self.model_type}, pattern {self.pattern['key']}): reads "
-            f"{self.max_length:,} tokens where it read {self.max_length_before:,}, and {self.density:.2%} of all pairs at that "
-            f"length. Parameters moved: {self.moved}; tiled: {self.tiled}; added: {self.added}. Wide open: "
+            f"{self._reads()} where it read {self._reads(before=True)}, and {self.density:.2%} of all pairs at that length. "
+            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. Wide open: "
             f"{self._wide_open()}. {self.seconds:.1f} s."
         )
+
+
+def inputs_in_words(length: int, image_size: tuple[int, int] | None) -> str:
+    """Return what a model reads at most, in words."""
+    if image_size is None:
+        return f"{length:,} tokens"
+    return f"images of {image_size[0]:,} x {image_size[1]:,} pixels ({length:,} tokens)"
 
 
 def _listed(names: tuple[str, ...]) -> str:

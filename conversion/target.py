@@ -11,13 +11,16 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_sparse.conversion.names import renamings_of
 from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.entry import Entry, make_entry
 from hf_sparse.integration.layers import projections, self_attention_modules
+from hf_sparse.integration.positions import limits
 from hf_sparse.integration.sparsify import sparse_config
-from hf_sparse.integration.support import FAMILIES, check_obeys
+from hf_sparse.integration.support import FAMILIES, Family, check_obeys
+from hf_sparse.integration.vision import image_pixels, vision_family_of
 from hf_sparse.patterns import Pattern
 
 # transformers reads these from config.json too, and they would take our attention's place
@@ -37,9 +40,10 @@ class Target:
         num_layers: self-attention layers of the model.
         length_before: longest input of the source, in tokens.
         length: longest input of the destination, in tokens.
-        offset: rows of the position table that come before position 0.
         copies: maps the names of weights that are added to the names of those they start as copies of, as the class has them.
         shapes: of the weights of the dense class, by name.
+        table_shape: of the destination's table of positions; () where there is none.
+        renamings: what transformers renames as it loads the dense class.
     """
 
     dense_class: Any
@@ -50,9 +54,10 @@ class Target:
     num_layers: int
     length_before: int
     length: int
-    offset: int
     copies: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    table_shape: tuple[int, ...]
+    renamings: tuple[Any, ...]
 
     @property
     def model_type(self) -> str:
@@ -63,6 +68,16 @@ class Target:
     def position_suffix(self) -> str:
         """How the name of the position table ends."""
         return FAMILIES[self.model_type].positions
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the destination's images, in pixels; None for text."""
+        return None if vision_family_of(self.config) is None else image_pixels(self.config)
+
+    @property
+    def image_size_before(self) -> tuple[int, int] | None:
+        """Height and width of the source's images, in pixels; None for text."""
+        return None if vision_family_of(self.config) is None else image_pixels(self.dense_config)
 
     @property
     def base_prefix(self) -> str:
@@ -82,8 +97,8 @@ class Target:
         return {
             **kept,
             "architectures": [f"Sparse{name}" for name in self.architectures],
-            "max_position_embeddings": self.length + self.offset,
             "model_type": self.config.model_type,
+            **limits(self.config),
             "sparse_attention": self.entry.to_dict(),
         }
 
@@ -93,6 +108,7 @@ def plan_target(
     pattern: Pattern,
     *,
     max_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
 ) -> Target:
     """Say what a checkpoint becomes.
@@ -108,9 +124,10 @@ def plan_target(
     family = FAMILIES.get(dense_config.model_type)
     if family is None:
         raise _not_convertible(classes[0], dense_config)
-    _check_positions(checkpoint, dense_config, counts_from_padding=family.counts_from_padding)
+    if isinstance(family, Family):
+        _check_positions(checkpoint, dense_config, counts_from_padding=family.counts_from_padding)
     check_obeys(classes[0], dense_config)
-    config = sparse_config(dense_config, pattern, max_length=max_length, layers=layers)
+    config = sparse_config(dense_config, pattern, max_length=max_length, image_size=image_size, layers=layers)
     # on the meta device: names and shapes without memory
     with torch.device("meta"):
         model = sparse_model_class(classes[0])(config)
@@ -120,6 +137,7 @@ def plan_target(
     for served in {entry.pattern_of(stack, index) for stack, index, *_ in modules}:
         if served is not None:
             served.check(num_layers=len(modules), num_heads=config.num_attention_heads, length=length)
+    tables = [weight for name, weight in model.named_parameters() if name.endswith(family.positions)]
     return Target(
         dense_class=classes[0],
         architectures=tuple(cls.__name__ for cls in classes),
@@ -129,9 +147,10 @@ def plan_target(
         num_layers=len(modules),
         length_before=family.length(dense_config),
         length=length,
-        offset=family.offset(dense_config),
         copies=_copies(model),
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
+        table_shape=tuple(tables[0].shape) if tables else (),
+        renamings=renamings_of(dense),
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from hf_sparse.integration.entry import Entry
 # larger differences, against the largest output, are no rounding of float32
 _TOLERANCE = 1e-3
 _MOST_TOKENS = 512
+# a model reads no smaller images than it is for, so larger ones are not compared: dense attention would take minutes
+_MOST_PATCHES = 4500
 
 
 def wide_open_difference(source: Path, destination: Path, target: Target) -> tuple[float | None, str]:
     """Compare the source with the destination, whose patterns are opened wide for it.
 
-    A batch of two random texts, one of them padded, is read by both in float32.
+    A batch of two random texts, one of them padded, is read by both in float32; or one of two random images, of the
+    destination's size, to which the source interpolates its positions by itself.
 
     Args:
         source: folder of the dense checkpoint.
@@ -36,7 +40,10 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
     Raises:
         UnfinishedConversionError: if the two differ by more than rounding.
     """
-    tokens = min(_MOST_TOKENS, target.length_before)
+    size = target.image_size
+    if size is not None and target.length > _MOST_PATCHES:
+        return None, f"not compared: {target.length:,} tokens an image are too many for the dense source"
+    tokens = min(_MOST_TOKENS, target.length_before) if size is None else target.length
     try:
         opened = Entry(
             target.entry.pattern.wide_open(tokens),
@@ -46,10 +53,11 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
         return None, f"not comparable: {error}"
     config = copy.deepcopy(target.config)
     config.sparse_attention = opened.to_dict()
-    inputs = _inputs(target, tokens)
-    marks = _marks_global(target, inputs)
+    inputs = _texts(target, tokens) if size is None else _images(target, size)
+    marks = _marks_global(target, inputs.get("attention_mask", torch.ones(2, tokens)))
+    asks = {} if size is None else _asks_to_interpolate(target)
     with _quietly(), torch.random.fork_rng(devices=[]):
-        want, is_whole = _outputs(target.dense_class, source, copy.deepcopy(target.dense_config), inputs)
+        want, is_whole = _outputs(target.dense_class, source, copy.deepcopy(target.dense_config), {**inputs, **asks})
         got, _ = _outputs(sparse_model_class(target.dense_class), destination, config, {**inputs, **marks})
     # weights that the source lacks are random in both: only what stands before the head can be compared
     names = [name for name in want if name in got and (is_whole or name == "last_hidden_state")]
@@ -63,10 +71,11 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
                 "pattern wide open, so nothing was kept; please report this with the name of the checkpoint"
             )
         largest = max(largest, difference)
-    return largest, f"{' and '.join(names)} on 2 texts of up to {tokens} tokens, float32"
+    kind = "texts of up to" if size is None else "images of"
+    return largest, f"{' and '.join(names)} on 2 {kind} {tokens} tokens, float32"
 
 
-def _inputs(target: Target, tokens: int) -> dict[str, Tensor]:
+def _texts(target: Target, tokens: int) -> dict[str, Tensor]:
     """Return two random texts, the second padded for two fifths of its length."""
     config = target.dense_config
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +89,19 @@ def _inputs(target: Target, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids.clamp(max=config.vocab_size - 1), "attention_mask": mask}
 
 
-def _marks_global(target: Target, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _images(target: Target, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return two random images of a height and width."""
+    generator = torch.Generator().manual_seed(0)
+    return {"pixel_values": torch.randn(2, target.dense_config.num_channels, *size, generator=generator)}
+
+
+def _asks_to_interpolate(target: Target) -> dict[str, bool]:
+    """Return what asks the source to read images of another size; some models always do."""
+    known = inspect.signature(target.dense_class.forward).parameters
+    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
+
+
+def _marks_global(target: Target, marks: Tensor) -> dict[str, Tensor]:
     """Mark every token as global where the patterns have such, so that the weights of their rows are compared too.
 
     A mask replaces the positions that a pattern opened wide names, so it must not mark fewer.
@@ -88,25 +109,24 @@ def _marks_global(target: Target, inputs: dict[str, Tensor]) -> dict[str, Tensor
     patterns = [target.entry.pattern, *(pattern for _, pattern in target.entry.layers if pattern is not None)]
     if not all(pattern.has_global_tokens for pattern in patterns):
         return {}
-    return {"global_attention_mask": inputs["attention_mask"]}
+    return {"global_attention_mask": marks}
 
 
-def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Return what a model says of the real tokens, and whether the checkpoint holds all its weights."""
+def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
+    """Return what a model says, of texts of the real tokens, and whether the checkpoint holds all its weights."""
     config.use_cache = False
     model, found = cls.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     model.eval()
-    mask = inputs["attention_mask"] != 0
+    padding = inputs.get("attention_mask")
     if cls.__name__.endswith("ForMultipleChoice"):
         inputs = {name: value[:, None] for name, value in inputs.items()}
     with torch.no_grad():
         said = model(**inputs, output_hidden_states=True)
-    outputs = {
-        name: value[mask] if value.shape[:2] == mask.shape else value
-        for name, value in said.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    outputs.setdefault("last_hidden_state", said.hidden_states[-1][mask])
+    outputs = {name: value for name, value in said.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    outputs.setdefault("last_hidden_state", said.hidden_states[-1])
+    if padding is not None:
+        real = padding != 0
+        outputs = {name: value[real] if value.shape[:2] == real.shape else value for name, value in outputs.items()}
     return outputs, not found["missing_keys"]
 
 

@@ -1,6 +1,6 @@
 """Which tensors are carried, tiled, added and dropped, shard by shard."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
+from hf_sparse.conversion.names import Spelling
 from hf_sparse.conversion.report import Count
 from hf_sparse.conversion.shards import Piece, StoredTensor, header_of
 from hf_sparse.conversion.source import INDEX, Checkpoint
 from hf_sparse.conversion.target import Target
 from hf_sparse.errors import ConversionError
-from hf_sparse.integration.positions import tile_positions
+from hf_sparse.integration.positions import longer_table
 
 # buffers that older versions saved, as long as the table of positions; models make them anew
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# types whose numbers can be interpolated
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class PlannedWeights:
         shards: the files.
         index: what the index of the shards is to hold; None where there is one file.
         moved: tensors that stay as they are.
-        tiled: tensors that become longer, with the numbers they then have.
+        tiled: tables of positions that become longer, with the numbers they then have.
         added: tensors that start as copies.
         dropped: tensors that are left out.
     """
@@ -66,8 +69,9 @@ def plan_weights(checkpoint: Checkpoint, target: Target) -> PlannedWeights:
     Raises:
         ConversionError: if the checkpoint lacks a tensor that is needed, or one has an unexpected shape.
     """
-    _check_whole(checkpoint, target)
-    copies = _copies(checkpoint, target)
+    spelling = Spelling(checkpoint.tensors, target.renamings, target.base_prefix)
+    _check_whole(checkpoint, target, spelling)
+    copies = _copies(checkpoint, target, spelling)
     made: dict[str, list[int]] = {kind: [] for kind in ("moved", "tiled", "added", "dropped")}
     shards = []
     for shard in checkpoint.shards:
@@ -77,7 +81,7 @@ def plan_weights(checkpoint: Checkpoint, target: Target) -> PlannedWeights:
                 made["dropped"].append(tensor.numbers)
                 continue
             is_tiled = _is_table(tensor, target) and target.length > target.length_before
-            pieces.append(_tile(tensor, target) if is_tiled else _carry(tensor, tensor.name))
+            pieces.append(_lengthen(tensor, checkpoint, target) if is_tiled else _carry(tensor, tensor.name))
             made["tiled" if is_tiled else "moved"].append(prod(pieces[-1].shape))
             added = [_carry(tensor, name) for name in copies.get(tensor.name, ())]
             made["added"] += [tensor.numbers] * len(added)
@@ -87,46 +91,33 @@ def plan_weights(checkpoint: Checkpoint, target: Target) -> PlannedWeights:
     return PlannedWeights(shards, _index(checkpoint, shards), **counts)
 
 
-def _copies(checkpoint: Checkpoint, target: Target) -> dict[str, list[str]]:
+def _copies(checkpoint: Checkpoint, target: Target, spelling: Spelling) -> dict[str, list[str]]:
     """Return, for each tensor of the source that is copied, the names of its copies, in the source's way of naming."""
     copies: dict[str, list[str]] = {}
     for new, origin in target.copies.items():
-        spell = _spelling(checkpoint.tensors, origin, target)
-        if spell is None:
+        found = spelling.find(origin)
+        if found is None:
             raise ConversionError(f"{checkpoint.name} lacks the tensor {origin}, which {new} would start as a copy of")
-        copies.setdefault(spell(origin), []).append(spell(new))
+        copies.setdefault(spelling.stored[found], []).append(spelling.spell(new, like=origin))
     return copies
 
 
-def _spelling(tensors: Container[str], name: str, target: Target) -> Callable[[str], str] | None:
-    """Return how a source spells the names of a class: with or without the prefix of the base model, whatever it does."""
-    prefix = target.base_prefix
-    spellings: tuple[Callable[[str], str], ...] = (
-        str,
-        lambda name: name.removeprefix(prefix),
-        lambda name: prefix + name,
-    )
-    return next((spell for spell in spellings if spell(name) in tensors), None)
-
-
-def _check_whole(checkpoint: Checkpoint, target: Target) -> None:
+def _check_whole(checkpoint: Checkpoint, target: Target, spelling: Spelling) -> None:
     """Check that the base model is all there, and that every weight that is there has the shape of the config."""
-    tensors = {
-        # as old checkpoints named them, and transformers still reads them
-        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
+    tensors = checkpoint.tensors
     is_bare = not any(name.startswith(target.base_prefix) for name in target.shapes)
     lacking = []
     for name, shape in target.shapes.items():
-        spell = _spelling(tensors, name, target)
-        if spell is not None and tensors[spell(name)].shape != shape:
-            raise ConversionError(
-                f"{checkpoint.name}: {spell(name)} has shape {list(tensors[spell(name)].shape)}, but by config.json it has "
-                f"{list(shape)}; set the config right"
-            )
+        found = spelling.find(name)
+        if found is not None:
+            held = tensors[spelling.stored[found]]
+            if held.shape != shape and found not in spelling.cut:
+                raise ConversionError(
+                    f"{checkpoint.name}: {held.name} has shape {list(held.shape)}, but by config.json it has {list(shape)}; "
+                    "set the config right"
+                )
         # a head may start anew, and so may the pooler that some heads have
-        if spell is None and (is_bare or name.startswith(target.base_prefix)) and "pooler." not in name:
+        elif (is_bare or name.startswith(target.base_prefix)) and "pooler." not in name:
             lacking.append(name)
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -143,17 +134,20 @@ def _carry(tensor: StoredTensor, name: str) -> Piece:
     return Piece(name, tensor.dtype, tensor.shape, tensor.stop - tensor.start, tensor.chunks)
 
 
-def _tile(tensor: StoredTensor, target: Target) -> Piece:
-    rows = target.length + target.offset
-    width = (tensor.stop - tensor.start) // tensor.shape[0]
+def _lengthen(tensor: StoredTensor, checkpoint: Checkpoint, target: Target) -> Piece:
+    is_text, shape = target.image_size is None, target.table_shape
+    if not is_text and tensor.dtype not in _DTYPES:
+        raise ConversionError(f"{checkpoint.name}: {tensor.name} has type {tensor.dtype}, which cannot be interpolated")
+    size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
 
     def chunks() -> Iterator[bytes]:
-        # as bytes, so that every type is moved and none is rounded
-        held = bytearray().join(tensor.chunks())
-        table = torch.frombuffer(held, dtype=torch.uint8).view(tensor.shape[0], width)
-        yield tile_positions(table, rows, offset=target.offset).numpy().tobytes()
+        held = torch.frombuffer(bytearray().join(tensor.chunks()), dtype=torch.uint8)
+        # of text as bytes, so that every type is moved and none is rounded
+        held = held.view(tensor.shape[0], -1) if is_text else held.view(_DTYPES[tensor.dtype]).view(tensor.shape)
+        table = longer_table(held, target.dense_config, target.config)
+        yield table.contiguous().view(torch.uint8).numpy().tobytes()
 
-    return Piece(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]), rows * width, chunks)
+    return Piece(tensor.name, tensor.dtype, shape, size, chunks)
 
 
 def _index(checkpoint: Checkpoint, shards: list[PlannedShard]) -> dict[str, Any] | None:

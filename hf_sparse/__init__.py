@@ -27,6 +27,7 @@ def convert(
     pattern: Pattern,
     *,
     max_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -45,8 +46,10 @@ def convert(
         source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
         destination: the folder to write; must not exist or be empty unless ``overwrite``.
         pattern: serves every layer not named in ``layers``.
-        max_length: tokens of the longest input wanted; the positions are then tiled, and every limit of length in the
+        max_length: tokens of the longest text wanted; the positions are then tiled, and every limit of length in the
             files beside is raised. None keeps the length.
+        image_size: for a model that reads images, in the place of ``max_length``: pixels of the largest image wanted, or
+            its (height, width). The positions are then interpolated, and the sizes of the image processor raised.
         layers: maps a layer ("3" or a number) to a pattern or to "dense".
         overwrite: whether a destination that is not empty is replaced, all of it.
         verify: whether the result, its patterns wide open, is compared with the source.
@@ -61,7 +64,7 @@ def convert(
     Raises:
         ConversionError: if the source cannot be read, the destination cannot be written or the two do not agree.
         UnsupportedModelError: if the model type cannot be converted; says why.
-        ValueError: if the pattern, a layer or ``max_length`` does not fit the checkpoint.
+        ValueError: if the pattern, a layer, ``max_length`` or ``image_size`` does not fit the checkpoint.
     """
     from hf_sparse.conversion import convert as run
 
@@ -70,6 +73,7 @@ def convert(
         destination,
         pattern,
         max_length=max_length,
+        image_size=image_size,
         layers=layers,
         overwrite=overwrite,
         verify=verify,

@@ -11,6 +11,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -18,7 +22,7 @@ from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.global_defaults import default_global_mask
 from hf_sparse.integration.layers import attach, copy_projections, self_attention_modules, tag_of
 from hf_sparse.integration.nodes import add_nodes, reset_nodes
-from hf_sparse.integration.positions import lengthen_
+from hf_sparse.integration.positions import lengthen_, limits
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import FAMILIES
 
@@ -57,7 +61,7 @@ class SparseModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Load as any model; a dense checkpoint that is shorter than ``config`` asks for gets its positions tiled."""
+        """Load as any model; a dense checkpoint that is shorter than ``config`` asks for gets longer positions."""
         load = super().from_pretrained  # type: ignore[misc]
         if not isinstance(config, PreTrainedConfig):
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
@@ -67,15 +71,17 @@ class SparseModelMixin:
             if key in kwargs
         }
         held, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-        rows = held.get("max_position_embeddings")
-        is_longer = "sparse_attention" not in held and rows is not None and rows < config.max_position_embeddings
-        if not is_longer or config.dense_model_type not in FAMILIES:
+        if "sparse_attention" in held or config.dense_model_type not in FAMILIES:
+            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        before = CONFIG_MAPPING[config.dense_model_type].from_dict(held)
+        family = FAMILIES[config.dense_model_type]
+        if family.length(before) >= family.length(config):
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         short = copy.deepcopy(config)
-        short.max_position_embeddings = rows
+        for field, value in limits(before).items():
+            setattr(short, field, value)
         loaded = load(pretrained_model_name_or_path, *args, config=short, **kwargs)
-        offset = FAMILIES[config.dense_model_type].offset(config)
-        lengthen_(loaded[0] if isinstance(loaded, tuple) else loaded, config.max_position_embeddings - offset)
+        lengthen_(loaded[0] if isinstance(loaded, tuple) else loaded, config)
         return loaded
 
 
@@ -88,6 +94,7 @@ def sparse_config_class(model_type: str) -> type[PreTrainedConfig]:
     cls = type(f"Sparse{dense.__name__}", (SparseConfigMixin, dense), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)
     AutoConfig.register(name, cls, exist_ok=True)
+    _share_weight_names(model_type, name)
     return cls
 
 
@@ -106,7 +113,18 @@ def sparse_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
         namespace["accepts_loss_kwargs"] = False
     cls = type(f"Sparse{dense.__name__}", (SparseModelMixin, dense), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)
+    _share_weight_names(dense.__name__, cls.__name__)
     return cls
+
+
+def _share_weight_names(dense: str, sparse: str) -> None:
+    """Let a sparse type or class read and write the names of weights in files that the dense one does.
+
+    Where checkpoints hold other names than a class has (ViT), transformers keeps the renaming by type or by class.
+    """
+    mapping = get_checkpoint_conversion_mapping(dense)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(sparse, mapping, overwrite=True)
 
 
 @functools.cache
@@ -119,8 +137,10 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
         if not name.startswith("AutoModel") or mapping is None or dense not in mapping:
             continue
         held = mapping[dense]
-        for cls in held if isinstance(held, (tuple, list)) else (held,):
-            auto.register(config_class, sparse_model_class(cls), exist_ok=True)
+        is_choice = isinstance(held, (tuple, list))
+        made = tuple(sparse_model_class(cls) for cls in held) if is_choice else sparse_model_class(held)
+        # several classes for one head (DeiT): the architectures of a checkpoint choose
+        mapping.register(config_class, made, exist_ok=True)
 
 
 def register_configs() -> None:
@@ -164,6 +184,11 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
                 raise ValueError(
                     f"global_attention_mask must be a tensor [batch, tokens], got {global_attention_mask!r}"
                 )
+            if self.__dict__.get("_sparse_closed") is not None:
+                raise ValueError(
+                    f"{type(self).__name__} cannot mark global tokens by global_attention_mask: {self._sparse_closed} of "
+                    f"transformers {transformers.__version__} passes it on to no attention; name them in the pattern"
+                )
             kwargs["global_attention_mask"] = global_attention_mask.flatten(0, -2)
         return dense.forward(self, *args, **kwargs)
 
@@ -172,12 +197,13 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
 
 
 def _default_mask(model: Any, given: dict[str, Any]) -> Tensor | None:
-    ids, embeddings, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    if not isinstance(ids, Tensor) and not isinstance(embeddings, Tensor):
+    inputs = {name: given.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values")}
+    if not any(isinstance(value, Tensor) for value in inputs.values()):
         return None
     tags = [tag_of(module) for *_, module in self_attention_modules_cached(model)]
     patterns = [tag.pattern for tag in tags if tag is not None and tag.pattern is not None]
-    return default_global_mask(type(model).__name__, model.config, patterns, ids, embeddings, mask)
+    mask = given.get("attention_mask")
+    return default_global_mask(type(model).__name__, model.config, patterns, attention_mask=mask, **inputs)
 
 
 def self_attention_modules_cached(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:

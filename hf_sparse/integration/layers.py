@@ -75,6 +75,23 @@ def self_attention_modules(model: nn.Module) -> list[tuple[str, int, str, nn.Mod
     return found
 
 
+def closed_module(model: nn.Module) -> str | None:
+    """Return the first module on the way to self-attention that takes no further arguments along; None where all do.
+
+    What a model is given beside its own arguments (``global_attention_mask``) would be lost there without a word.
+    """
+    named = dict(model.named_modules())
+    for _, _, path, _ in self_attention_modules(model):
+        parts = path.split(".")
+        for stop in range(1, len(parts) + 1):
+            module = named[".".join(parts[:stop])]
+            takes = inspect.signature(module.forward).parameters.values()
+            is_open = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes)
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not is_open:
+                return type(module).__name__
+    return None
+
+
 def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
     """Tag the attention modules of a model and give them the weights their patterns own.
 
@@ -91,6 +108,7 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
     """
     modules = self_attention_modules(model)
     check_entry(entry, modules, model.config)
+    model.__dict__["_sparse_closed"] = closed_module(model)
     fresh = []
     for stack, index, _, module in modules:
         pattern = entry.pattern_of(stack, index)

@@ -7,9 +7,16 @@ from torch import Tensor, nn
 
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.support import FAMILIES, Family
+from hf_sparse.integration.vision import (
+    VisionFamily,
+    check_image_size,
+    image_pixels,
+    interpolate_positions,
+    vision_grid,
+)
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Any) -> Family | VisionFamily:
     """Return how a config's model type stores positions; sparse types count as the dense type they came from.
 
     Raises:
@@ -21,6 +28,39 @@ def family_of(config: Any) -> Family:
             f"model type {model_type!r} cannot be converted or lengthened yet; known: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
+
+
+def limits(config: Any) -> dict[str, Any]:
+    """Return the field of a config that says how long the inputs of its model may be."""
+    field = "image_size" if isinstance(family_of(config), VisionFamily) else "max_position_embeddings"
+    return {field: getattr(config, field)}
+
+
+def wanted_limits(
+    config: Any, *, max_length: int | None = None, image_size: int | tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Return the field with which a config's model reads inputs as long as wanted; none where nothing is wanted.
+
+    Args:
+        config: a dense config.
+        max_length: tokens of the longest text.
+        image_size: pixels of the largest image, or its height and width.
+
+    Raises:
+        TypeError: if what is wanted is no whole number.
+        ValueError: if a length is wanted of a model that reads images or a size of one that reads text, or it is below
+            what the config serves already.
+    """
+    if max_length is None and image_size is None:
+        return {}
+    family = family_of(config)
+    if isinstance(family, VisionFamily):
+        if max_length is not None:
+            raise ValueError(f"{config.model_type} reads images: give image_size, in pixels, and leave max_length out")
+        return {"image_size": check_image_size(config, image_size)}
+    if image_size is not None:
+        raise ValueError(f"{config.model_type} reads text: give max_length, in tokens, and leave image_size out")
+    return {"max_position_embeddings": _rows(config, family, max_length)}
 
 
 def tile_positions(table: Tensor, rows: int, *, offset: int) -> Tensor:
@@ -38,39 +78,66 @@ def tile_positions(table: Tensor, rows: int, *, offset: int) -> Tensor:
     return torch.cat([table[:offset], learned.repeat(repeats, 1)[: rows - offset]])
 
 
-def lengthen_(model: Any, max_length: int) -> None:
-    """Tile the position table of a model in place, with its buffers and its config.
+def longer_table(table: Tensor, before: Any, after: Any) -> Tensor:
+    """Return a position table for longer inputs: tiled for text, interpolated for images.
+
+    Args:
+        table: ``[P, D]`` of any type for text, float ``[1, P, D]`` for images.
+        before: the config it was learned with.
+        after: the config that it is to fit.
+    """
+    family = family_of(before)
+    if isinstance(family, VisionFamily):
+        return interpolate_positions(table, before, after)
+    return tile_positions(table, after.max_position_embeddings, offset=family.offset(before))
+
+
+def lengthen_(model: Any, wanted: Any) -> None:
+    """Lengthen the position table of a model in place, with what was built to its size and with its config.
 
     Args:
         model: a transformers model of a known family.
-        max_length: tokens of the longest input wanted; at least the present one.
-
-    Raises:
-        ValueError: if it is shorter.
+        wanted: its config with a longer limit.
     """
     family = family_of(model.config)
-    rows = check_max_length(model.config, max_length)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and f"{name}.weight".endswith(family.positions):
-            table = tile_positions(module.weight.detach(), rows, offset=family.offset(model.config))
-            module.weight = nn.Parameter(table, requires_grad=module.weight.requires_grad)
-            module.num_embeddings = rows
+    for name, parameter in list(model.named_parameters()):
+        if not name.endswith(family.positions):
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        table = longer_table(parameter.detach(), model.config, wanted)
+        setattr(owner, leaf, nn.Parameter(table, requires_grad=parameter.requires_grad))
+        if isinstance(owner, nn.Embedding):
+            owner.num_embeddings = len(table)
+    if isinstance(family, VisionFamily):
+        _fit_images_(model, wanted)
+    else:
+        _fit_buffers_(model, wanted.max_position_embeddings)
+    for field, value in limits(wanted).items():
+        setattr(model.config, field, value)
+
+
+def _fit_buffers_(model: nn.Module, rows: int) -> None:
     for module in model.modules():
         for buffer in ("position_ids", "token_type_ids"):
             old = module._buffers.get(buffer)
             if old is not None:
                 new = torch.arange(rows, device=old.device) if buffer == "position_ids" else old.new_zeros(rows)
                 module._buffers[buffer] = new.expand(1, -1).clone()
-    model.config.max_position_embeddings = rows
 
 
-def check_max_length(config: Any, max_length: int) -> int:
-    """Return the rows a position table needs for a length.
+def _fit_images_(model: nn.Module, wanted: Any) -> None:
+    """Let the embeddings expect larger images: they keep the size that they were built for."""
+    _, height, width = vision_grid(wanted)
+    fitting = {"image_size": image_pixels(wanted), "num_patches": height * width}
+    for module in model.modules():
+        for name, value in fitting.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
 
-    Raises:
-        ValueError: if the length is below what the config serves already.
-    """
-    family = family_of(config)
+
+def _rows(config: Any, family: Family, max_length: Any) -> int:
+    """Return the rows a position table needs for a length."""
     if isinstance(max_length, bool) or not isinstance(max_length, int):
         raise TypeError(f"max_length must be a whole number of tokens, got {max_length!r}")
     if max_length < family.length(config):

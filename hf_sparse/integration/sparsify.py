@@ -15,9 +15,9 @@ from hf_sparse.integration.auto import SparseModelMixin, sparse_config_class, sp
 from hf_sparse.integration.entry import make_entry
 from hf_sparse.integration.layers import attach, check_entry, copy_projections, self_attention_modules
 from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
-from hf_sparse.integration.positions import check_max_length
+from hf_sparse.integration.positions import family_of, wanted_limits
 from hf_sparse.integration.register import NAME
-from hf_sparse.integration.support import check_obeys
+from hf_sparse.integration.support import check_no_position_bias, check_obeys
 from hf_sparse.patterns import Pattern
 
 
@@ -88,6 +88,7 @@ def sparse_config(
     pattern: Pattern,
     *,
     max_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedConfig:
@@ -96,22 +97,26 @@ def sparse_config(
     Args:
         source: a dense checkpoint (a folder or a Hub id) or its config.
         pattern: serves every layer not named in ``layers``.
-        max_length: tokens of the longest input wanted; loading then tiles the position table. None keeps the length.
+        max_length: tokens of the longest text wanted; loading then tiles the position table. None keeps the length.
+        image_size: for a model that reads images, pixels of the largest one wanted, or its (height, width); loading then
+            interpolates the position table. None keeps the size.
         layers: maps a layer to a pattern or to "dense".
         kwargs: passed to ``AutoConfig.from_pretrained`` (``revision``, ``token`` ...).
 
     Raises:
         UnsupportedModelError: if the model type cannot be made sparse.
-        ValueError: if ``max_length`` is shorter than the checkpoint's.
+        ValueError: if ``max_length`` or ``image_size`` is below the checkpoint's, or not for such a model.
     """
     dense = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **kwargs)
     entry = make_entry(pattern, layers)
     if getattr(dense, "sparse_attention", None) is not None:
         raise ValueError("the source is sparse already; load it, or use sparsify_ to give it another pattern")
+    check_no_position_bias(dense)
     cls = sparse_config_class(dense.model_type)
-    fields = {**dense.to_dict(), "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
+    wanted = wanted_limits(dense, max_length=max_length, image_size=image_size)
+    fields = {**dense.to_dict(), **wanted, "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
+    made = cls.from_dict(fields)
+    length = family_of(made).length(made) if wanted else None
     for one in (pattern, *(value for value in (layers or {}).values() if isinstance(value, Pattern))):
-        one.check(num_layers=dense.num_hidden_layers, num_heads=dense.num_attention_heads, length=max_length)
-    if max_length is not None:
-        fields["max_position_embeddings"] = check_max_length(dense, max_length)
-    return cls.from_dict(fields)
+        one.check(num_layers=dense.num_hidden_layers, num_heads=dense.num_attention_heads, length=length)
+    return made

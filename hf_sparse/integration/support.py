@@ -14,11 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.layers import dispatches, self_attention_modules
 from hf_sparse.integration.mask import SparseMask, sparse_mask
+from hf_sparse.integration.vision import VISION_FAMILIES, VisionFamily, vision_family_of
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one model type stores its learned positions.
+    """How one model type that reads text stores its learned positions.
 
     Attributes:
         positions: how the name of the position table ends.
@@ -38,13 +39,14 @@ class Family:
 
 
 # model types whose checkpoints can be converted
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Family | VisionFamily] = {
     "bert": Family(),
     "camembert": Family(counts_from_padding=True),
     "distilbert": Family(),
     "electra": Family(),
     "roberta": Family(counts_from_padding=True),
     "xlm-roberta": Family(counts_from_padding=True),
+    **VISION_FAMILIES,
 }
 
 _PROBE = "hf_sparse:probe"
@@ -69,7 +71,10 @@ def check_obeys(model_class: type[nn.Module], config: Any) -> None:
             f"{name} cannot be made sparse: its attention does not go through transformers' attention interface, so a "
             "pattern would be silently ignored"
         )
-    tiny = _tiny_config(config)
+    check_no_position_bias(config)
+    # a segmentation head reads layers by number
+    is_whole = model_class.__name__.endswith("ForSemanticSegmentation")
+    tiny = _tiny_config(config, most_layers=config.num_hidden_layers if is_whole else 2)
     tiny._attn_implementation = _PROBE
     with _probing() as calls, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = model_class(tiny).eval()
@@ -95,6 +100,20 @@ def check_obeys(model_class: type[nn.Module], config: Any) -> None:
         raise UnsupportedModelError(f"{name} cannot be made sparse: it has no self-attention module")
 
 
+def check_no_position_bias(config: Any) -> None:
+    """Check that a model adds no bias of relative positions to its attention mask, as most BEiT checkpoints do.
+
+    Raises:
+        UnsupportedModelError: if it does.
+    """
+    for field in ("use_relative_position_bias", "use_shared_relative_position_bias"):
+        if getattr(config, field, False):
+            raise UnsupportedModelError(
+                f"{config.model_type} with {field}=True cannot be made sparse: it adds a bias for every pair of tokens to its "
+                "attention, which sparse attention does not serve; take a checkpoint with absolute positions"
+            )
+
+
 def _may_dispatch(model_class: type[nn.Module]) -> bool:
     import inspect
     import sys
@@ -116,11 +135,15 @@ def _attends_alone(path: str, module: nn.Module) -> bool:
     return bool(re.search(r"Attention$", type(module).__name__)) and linears >= 3 and not dispatches(module)
 
 
-def _tiny_config(config: Any) -> Any:
+def _tiny_config(config: Any, *, most_layers: int) -> Any:
     tiny = copy.deepcopy(config)
-    for field, most in (("num_hidden_layers", 2), ("encoder_layers", 2), ("decoder_layers", 2)):
+    for field in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
-            setattr(tiny, field, min(most, getattr(tiny, field)))
+            setattr(tiny, field, min(most_layers, getattr(tiny, field)))
+    if vision_family_of(tiny) is not None:
+        # two rows of two patches
+        patch = tiny.patch_size
+        tiny.image_size = 2 * patch if isinstance(patch, int) else [2 * patch[0], 2 * patch[1]]
     special = [v for k, v in vars(tiny).items() if k.endswith("_token_id") and isinstance(v, int)]
     if isinstance(getattr(tiny, "vocab_size", None), int):
         tiny.vocab_size = min(tiny.vocab_size, max([32, *[v + 1 for v in special if v < 1000]]))

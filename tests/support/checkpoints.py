@@ -74,6 +74,23 @@ def write_tokenizer(folder: Path, family: str = "Bert", *, max_length: int = 128
     path.write_text(json.dumps(held))
 
 
+def write_image_processor(folder: Path, **fields: Any) -> None:
+    """Save the settings of an image processor: ViT's, for images of 16 x 16 pixels."""
+    held = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 16, "width": 16},
+    }
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({key: value for key, value in {**held, **fields}.items() if value is not None}))
+
+
 def edit_json(path: Path, **fields: Any) -> None:
     """Set fields of a JSON file; None removes one."""
     held = {**json.loads(path.read_text()), **fields}

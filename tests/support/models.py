@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "Electra")
+VISION_FAMILIES = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "Beit")
 
 
 def tiny_config(family: str, *, positions: int = 128, **fields: Any) -> Any:
@@ -49,3 +50,33 @@ def tiny_batch(
         padded = slice(0, padding) if side == "left" else slice(tokens - padding, tokens)
         ids[-1, padded], mask[-1, padded] = 1, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_vision_config(family: str, *, image_size: Any = 16, **fields: Any) -> Any:
+    """Return a config of two layers, four heads, width 32 and patches of 4 x 4 pixels; of BEiT, with absolute positions."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 4, "num_labels": 3}
+    own = {
+        "ViT": {"intermediate_size": 37, "encoder_stride": 4},
+        "DeiT": {"intermediate_size": 37, "encoder_stride": 4},
+        "Dinov2": {"mlp_ratio": 2},
+        "Dinov2WithRegisters": {"mlp_ratio": 2},
+        "Beit": {"intermediate_size": 37, "use_absolute_position_embeddings": True, "vocab_size": 64},
+    }
+    config = getattr(transformers, f"{family}Config")
+    return config(image_size=image_size, initializer_range=0.2, **{**sizes, **own[family], **fields})
+
+
+def tiny_vision_model(family: str, head: str = "Model", *, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """Return a tiny random model of images in evaluation mode; positions and prefix tokens, which some start at 0, too."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, f"{family}{head}")(tiny_vision_config(family, **fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("position_embeddings", "_token", "_tokens")):
+                parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def tiny_images(height: int, width: int | None = None, *, seed: int = 0) -> Tensor:
+    """Return a batch of two random images."""
+    return torch.randn(2, 3, height, width or height, generator=torch.Generator().manual_seed(seed))
