@@ -15,8 +15,9 @@ from hf_sparse.conversion.names import renamings_of
 from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
-from hf_sparse.integration.entry import Entry, make_entry
+from hf_sparse.integration.entry import Entry, make_entry, read_entry
 from hf_sparse.integration.layers import projections, self_attention_modules
+from hf_sparse.integration.nodes import Nodes
 from hf_sparse.integration.positions import limits
 from hf_sparse.integration.sparsify import sparse_config
 from hf_sparse.integration.support import FAMILIES, Family, check_obeys
@@ -41,6 +42,7 @@ class Target:
         length_before: longest input of the source, in tokens.
         length: longest input of the destination, in tokens.
         copies: maps the names of weights that are added to the names of those they start as copies of, as the class has them.
+        fresh: shapes of the weights that are added as zeros, by their names in the class.
         shapes: of the weights of the dense class, by name.
         table_shape: of the destination's table of positions; () where there is none.
         renamings: what transformers renames as it loads the dense class.
@@ -55,6 +57,7 @@ class Target:
     length_before: int
     length: int
     copies: dict[str, str]
+    fresh: dict[str, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]
     table_shape: tuple[int, ...]
     renamings: tuple[Any, ...]
@@ -129,6 +132,7 @@ def plan_target(
     check_obeys(classes[0], dense_config)
     config = sparse_config(dense_config, pattern, max_length=max_length, image_size=image_size, layers=layers)
     # on the meta device: names and shapes without memory
+    entry = read_entry(config)
     with torch.device("meta"):
         model = sparse_model_class(classes[0])(config)
         dense = classes[0](dense_config)
@@ -148,6 +152,11 @@ def plan_target(
         length_before=family.length(dense_config),
         length=length,
         copies=_copies(model),
+        fresh={
+            f"{path}.weight": tuple(module.weight.shape)
+            for path, module in model.named_modules()
+            if isinstance(module, Nodes)
+        },
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
         table_shape=tuple(tables[0].shape) if tables else (),
         renamings=renamings_of(dense),

@@ -51,6 +51,11 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
         )
     except ValueError as error:
         return None, f"not comparable: {error}"
+    if opened.pattern.mask(2)[:, :2, 2:].any():
+        return (
+            None,
+            f"not comparable: tokens read the nodes of pattern {opened.pattern.key!r}, which the source has not",
+        )
     config = copy.deepcopy(target.config)
     config.sparse_attention = opened.to_dict()
     inputs = _texts(target, tokens) if size is None else _images(target, size)

@@ -51,7 +51,7 @@ class PlannedWeights:
         index: what the index of the shards is to hold; None where there is one file.
         moved: tensors that stay as they are.
         tiled: tables of positions that become longer, with the numbers they then have.
-        added: tensors that start as copies.
+        added: tensors that start as copies or as zeros.
         dropped: tensors that are left out.
     """
 
@@ -84,7 +84,9 @@ def plan_weights(checkpoint: Checkpoint, target: Target) -> PlannedWeights:
             pieces.append(_lengthen(tensor, checkpoint, target) if is_tiled else _carry(tensor, tensor.name))
             made["tiled" if is_tiled else "moved"].append(prod(pieces[-1].shape))
             added = [_carry(tensor, name) for name in copies.get(tensor.name, ())]
-            made["added"] += [tensor.numbers] * len(added)
+            if _is_table(tensor, target):
+                added += _fresh(tensor, target, spelling)
+            made["added"] += [prod(piece.shape) for piece in added]
             pieces += added
         shards.append(PlannedShard(shard.path.name, pieces, shard.metadata))
     counts = {kind: Count(len(numbers), sum(numbers)) for kind, numbers in made.items()}
@@ -132,6 +134,14 @@ def _is_table(tensor: StoredTensor, target: Target) -> bool:
 
 def _carry(tensor: StoredTensor, name: str) -> Piece:
     return Piece(name, tensor.dtype, tensor.shape, tensor.stop - tensor.start, tensor.chunks)
+
+
+def _fresh(tensor: StoredTensor, target: Target, spelling: Spelling) -> Iterator[Piece]:
+    """Yield the weights that start as zeros, in the type of the position table, beside which they are named."""
+    beside = next(name for name in target.shapes if name.endswith(target.position_suffix))
+    for name, shape in target.fresh.items():
+        size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
+        yield Piece(spelling.spell(name, like=beside), tensor.dtype, shape, size, lambda size=size: iter([bytes(size)]))
 
 
 def _lengthen(tensor: StoredTensor, checkpoint: Checkpoint, target: Target) -> Piece:

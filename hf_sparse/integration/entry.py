@@ -31,6 +31,11 @@ class Entry:
         key = f"{stack}.{index}" if stack else str(index)
         return dict(self.layers).get(key, self.pattern)
 
+    def on_grid(self, prefix: int, height: int, width: int) -> "Entry":
+        """Return the entry for a model that reads images: its patterns as ``Pattern.on_grid`` gives them."""
+        layers = tuple((key, pattern and pattern.on_grid(prefix, height, width)) for key, pattern in self.layers)
+        return Entry(self.pattern.on_grid(prefix, height, width), layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as it stands in config.json."""
         layers = {key: "dense" if pattern is None else pattern.to_dict() for key, pattern in self.layers}

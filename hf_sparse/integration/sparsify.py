@@ -18,6 +18,7 @@ from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
 from hf_sparse.integration.positions import family_of, wanted_limits
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import check_no_position_bias, check_obeys
+from hf_sparse.integration.vision import fitted_entry
 from hf_sparse.patterns import Pattern
 
 
@@ -51,6 +52,7 @@ def sparsify_(
         if model.config.model_type not in CONFIG_MAPPING:
             raise UnsupportedModelError(f"model type {model.config.model_type!r} is unknown to transformers")
         check_obeys(dense, model.config)
+    entry = fitted_entry(entry, model.config)
     check_entry(entry, modules, model.config)
     for *_, module in modules:
         if hasattr(module, "sparse_state"):
@@ -116,7 +118,9 @@ def sparse_config(
     wanted = wanted_limits(dense, max_length=max_length, image_size=image_size)
     fields = {**dense.to_dict(), **wanted, "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
     made = cls.from_dict(fields)
+    entry = fitted_entry(entry, made)
+    made.sparse_attention = entry.to_dict()
     length = family_of(made).length(made) if wanted else None
-    for one in (pattern, *(value for value in (layers or {}).values() if isinstance(value, Pattern))):
+    for one in {entry.pattern, *(pattern for _, pattern in entry.layers if pattern is not None)}:
         one.check(num_layers=dense.num_hidden_layers, num_heads=dense.num_attention_heads, length=length)
     return made

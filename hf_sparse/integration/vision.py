@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.entry import Entry
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ def vision_grid(config: Any, pixels: tuple[int, int] | None = None) -> tuple[int
         )
     (height, width), (rows, columns) = pixels or image_pixels(config), _pair(config.patch_size)
     return family.prefix_rows + getattr(config, "num_register_tokens", 0), height // rows, width // columns
+
+
+def fitted_entry(entry: Entry, config: Any) -> Entry:
+    """Return an entry with what its patterns leave open about the grid of a model that reads images.
+
+    Raises:
+        ValueError: if a pattern is for another grid.
+    """
+    return entry if vision_family_of(config) is None else entry.on_grid(*vision_grid(config))
 
 
 def image_pixels(config: Any) -> tuple[int, int]:

@@ -1,10 +1,11 @@
 """Axial Transformer: rows and columns of a grid."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_sparse.parts import BlockWindow, Part, Scope, Window
-from hf_sparse.patterns.image_1d import prefix_tokens
+from hf_sparse.patterns.image_1d import fitted, prefix_tokens
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count
 
 _AXES = ("row", "column", "alternate")
@@ -52,6 +53,16 @@ class Axial(Pattern):
     def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
         if self.axis == "alternate" and num_layers < 2:
             raise ValueError(f"axis='alternate' needs at least 2 layers, but the model has {num_layers}")
+        if length is not None:
+            grid_width(self.height, self.width, length - self.num_prefix_tokens)
+
+    def on_grid(self, prefix: int, height: int, width: int) -> "Axial":
+        return dataclasses.replace(
+            self,
+            height=fitted(self.height, height, "height"),
+            width=fitted(self.width, width, "width"),
+            num_prefix_tokens=fitted(self.num_prefix_tokens or None, prefix, "num_prefix_tokens"),
+        )
 
     def wide_open(self, length: int) -> "Axial":
         return Axial(None, length, "row", self.num_prefix_tokens)

@@ -31,6 +31,12 @@ class _Combination(Pattern):
     def varies_by_layer(self) -> bool:
         return any(member.varies_by_layer for member in self.members)
 
+    def on_grid(self, prefix: int, height: int, width: int) -> Pattern:
+        return dataclasses.replace(
+            self,
+            patterns=tuple(member.on_grid(prefix, height, width) for member in self.members),  # type: ignore[call-arg]
+        )
+
     def num_nodes(self, n: int) -> int:
         return max(member.num_nodes(n) for member in self.members)
 

@@ -1,5 +1,6 @@
 """Image Transformer, 1-D: blocks of the raster, each with the memory beside it."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,8 +38,24 @@ class Image1D(Pattern):
         window = BlockWindow(block=self.block_size, before=self.memory, after=self.memory, offset=prefix)
         return (window, *prefix_tokens(prefix))
 
+    def on_grid(self, prefix: int, height: int, width: int) -> "Image1D":
+        return dataclasses.replace(
+            self, num_prefix_tokens=fitted(self.num_prefix_tokens or None, prefix, "num_prefix_tokens")
+        )
+
     def wide_open(self, length: int) -> "Image1D":
         return Image1D(length, self.memory, self.num_prefix_tokens)
+
+
+def fitted(own: int | None, wanted: int, name: str) -> int:
+    """Return a number of a grid that a pattern leaves open or gives rightly.
+
+    Raises:
+        ValueError: if it gives another.
+    """
+    if own is not None and own != wanted:
+        raise ValueError(f"{name} is {own}, but the model has {wanted}; leave it out to take the model's")
+    return wanted
 
 
 def prefix_tokens(count: int) -> tuple[Globals, ...]:

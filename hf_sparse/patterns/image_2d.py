@@ -1,5 +1,6 @@
 """Image Transformer, 2-D: blocks of a grid, each with a rim around it."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hf_sparse.parts import Part, Patches, Scope
 from hf_sparse.patterns.axial import check_grid, grid_width
-from hf_sparse.patterns.image_1d import prefix_tokens
+from hf_sparse.patterns.image_1d import fitted, prefix_tokens
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count
 
 _ORDERS = ("raster", "block")
@@ -59,6 +60,7 @@ class Image2D(Pattern):
         width = grid_width(self.height, self.width, pixels)
         if self.order == "block":
             (rows, columns), height = self.query_block, pixels // width
+            height = self.height or height
             if height * width != pixels or height % rows or width % columns:
                 raise ValueError(
                     f"order='block' needs a grid of whole blocks of {rows} x {columns}, got {pixels} pixels, {width} to a row"
@@ -72,6 +74,18 @@ class Image2D(Pattern):
             is_by_block=self.order == "block",
         )
         return (grid, *prefix_tokens(prefix))
+
+    def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
+        if length is not None:
+            self.parts(Scope(length, num_heads))
+
+    def on_grid(self, prefix: int, height: int, width: int) -> "Image2D":
+        return dataclasses.replace(
+            self,
+            height=fitted(self.height, height, "height"),
+            width=fitted(self.width, width, "width"),
+            num_prefix_tokens=fitted(self.num_prefix_tokens or None, prefix, "num_prefix_tokens"),
+        )
 
     def wide_open(self, length: int) -> "Image2D":
         return Image2D(None, length, (1, length), self.flange, self.num_prefix_tokens, "raster")

@@ -108,6 +108,19 @@ class Pattern:
             ValueError: if it does not fit.
         """
 
+    def on_grid(self, prefix: int, height: int, width: int) -> "Pattern":
+        """Return the pattern with what it leaves open about a grid of pixels filled in.
+
+        Args:
+            prefix: tokens before the first pixel.
+            height: rows of the grid.
+            width: columns of the grid.
+
+        Raises:
+            ValueError: if the pattern is for another grid.
+        """
+        return self
+
     def wide_open(self, length: int) -> "Pattern":
         """Return the same system with settings under which every token reads every token.
 

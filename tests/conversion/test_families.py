@@ -270,10 +270,17 @@ def test_progress_is_told_of_every_byte(bert: Path, tmp_path: Path) -> None:
     assert told[-1][0] >= sum(path.stat().st_size for path in (tmp_path / "sparse").glob("*.safetensors"))
 
 
+# those whose defaults do not fit a short text, and those whose nodes the source has not
+UNLIKE = ("block_local", "random", "bigbird", "axial", "image_2d", "star", "etc")
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
-        *(cls() for key, cls in sorted(PATTERNS.items()) if key not in ("block_local", "random", "bigbird")),
+        *(cls() for key, cls in sorted(PATTERNS.items()) if key not in UNLIKE),
+        hf_sparse.pattern("axial", width=8),
+        hf_sparse.pattern("image_2d", width=8),
+        hf_sparse.pattern("sparse_transformer", stride=8, summary=2, heads="interleaved"),
         hf_sparse.pattern("block_local", block_size=16),
         hf_sparse.pattern("random", block_size=16),
         hf_sparse.pattern("bigbird", block_size=16),
@@ -288,3 +295,26 @@ def test_every_pattern_converts_and_agrees_wide_open(pattern: Pattern, tmp_path:
     report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", pattern, max_length=LENGTH)
     assert report.wide_open_difference is not None
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "sparse")).__name__ == "SparseBertForMaskedLM"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        hf_sparse.pattern("star"),
+        hf_sparse.pattern("etc", num_global=4),
+        hf_sparse.pattern("bigbird", block_size=16, num_external_global=3),
+    ],
+    ids=lambda p: p.key,
+)
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])
+def test_patterns_with_nodes_convert_with_vectors_of_zeros(pattern: Pattern, head: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "dense", "Bert", head)
+    report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", pattern, max_length=LENGTH)
+    assert report.wide_open_difference is None
+    held = tensors(tmp_path / "sparse")
+    (name,) = (name for name in held if "sparse_nodes" in name)
+    assert name == ("sparse_nodes.weight" if head == "Model" else "bert.sparse_nodes.weight")
+    assert held[name].shape == (pattern.num_node_vectors, 32)
+    assert not held[name].any()
+    _, found = AutoModel.from_pretrained(tmp_path / "sparse", output_loading_info=True)
+    assert not any("sparse_nodes" in key for kind in ("missing_keys", "unexpected_keys") for key in found[kind])
