@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hf_sparse
 from hf_sparse.backends.flex_blocks import cached_layout
+from hf_sparse.backends.flex_tags import serves
 from hf_sparse.backends.gather import cached_plan
 from hf_sparse.benchmarks.timing import Cell
 from hf_sparse.parts import Scope
@@ -35,6 +36,7 @@ def patterns_at(n: int) -> dict[str, Pattern]:
     """Return the patterns that are timed at a length, by the name of their row."""
     make = hf_sparse.pattern
     stride = round(n**0.5)
+    width = grid_width(n)
     return {
         "longformer, window 512 + CLS": make("longformer", window=512, global_tokens=(0,)),
         "bigbird, block 64, 3 random": make("bigbird", block_size=64, num_random_blocks=3),
@@ -44,7 +46,29 @@ def patterns_at(n: int) -> dict[str, Pattern]:
         "block_local, block 512": make("block_local", block_size=512),
         "global, 16 tokens": make("global", positions=tuple(range(16))),
         "random, block 64, 3 random": make("random", block_size=64, num_random_blocks=3),
+        "star, radius 1, 1 relay": make("star"),
+        "etc, radius 84, 256 nodes": make("etc", radius=84, num_global=256),
+        "bigbird, block 64, no random, 256 nodes": make("bigbird", num_random_blocks=0, num_external_global=256),
+        "sparse_transformer, strided, stride sqrt(N)": make(
+            "sparse_transformer", kind="strided", stride=stride, summary=8
+        ),
+        "sparse_transformer, fixed, stride sqrt(N), summary 8": make("sparse_transformer", stride=stride, summary=8),
+        "bp_transformer, 4 nodes a level": make("bp_transformer", nodes_per_level=4),
+        "image_1d, block 256, memory 256": make("image_1d", block_size=256, memory=256),
+        "image_2d, block 8 x 16, rim 8 x 16, squarest grid": make("image_2d", width=width),
+        "axial, rows of the squarest grid": make("axial", width=width, axis="row"),
+        "axial, columns of the squarest grid": make("axial", width=width, axis="column"),
     }
+
+
+def grid_width(n: int) -> int:
+    """Return the columns of the squarest grid of ``n`` pixels, at least as many as there are rows."""
+    return n // next(rows for rows in range(int(n**0.5), 0, -1) if n % rows == 0)
+
+
+def positions_of(pattern: Pattern | None, n: int) -> int:
+    """Return the tokens and nodes of a call."""
+    return n if pattern is None else n + pattern.num_nodes(n)
 
 
 def tensors_at(n: int, device: str) -> tuple[list[Tensor], Tensor]:
@@ -70,8 +94,10 @@ def run_once(attend: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor, 
 
 def plan_rows(n: int, device: str) -> Iterator[dict[str, Any]]:
     """Yield how long it takes to plan each pattern at a length when nothing of it is known yet; a plan is then kept."""
-    scope = Scope(n, HEADS, num_heads=HEADS)
     for name, pattern in patterns_at(n).items():
+        scope = Scope(n, HEADS, num_heads=HEADS, nodes=pattern.num_nodes(n))
+        if device == "cuda" and not serves(pattern, parts_of(pattern, scope)):
+            continue
         taken = []
         for _ in range(3):
             parts_of.cache_clear()
@@ -89,18 +115,21 @@ def plan_rows(n: int, device: str) -> Iterator[dict[str, Any]]:
 def cells_at(n: int, device: str, mode: str) -> Iterator[Cell]:
     """Yield what is timed at a length."""
     forward, both, dropped = DENSE_LIMITS[device, mode]
-    leaves, grad = tensors_at(n, device)
+    patterns = patterns_at(n)
+    tensors = {total: tensors_at(total, device) for total in {n, *(positions_of(p, n) for p in patterns.values())}}
+    leaves, grad = tensors[n]
     for what in (FORWARD, BOTH):
         for dropout in (0.0, DROPOUT):
             facts: dict[str, Any] = {"section": "attention", "n": n, "dropout": dropout}
             if n <= (dropped if dropout else {FORWARD: forward, BOTH: both}[what]):
                 dense: Any = functools.partial(scaled_dot_product_attention, dropout_p=dropout)
                 yield _cell(DENSE, dense, leaves, grad, what, {**facts, "density": 1.0})
-            for name, pattern in patterns_at(n).items():
+            for name, pattern in patterns.items():
                 attend: Any = functools.partial(hf_sparse.sparse_attention, pattern=pattern, dropout=dropout)
                 said = str(hf_sparse.explain(pattern, n, heads=HEADS, dropout=dropout, device=device))
                 density = pattern.density(n, heads=HEADS)
-                yield _cell(name, attend, leaves, grad, what, {**facts, "density": density, "ran": said})
+                held = tensors[positions_of(pattern, n)]
+                yield _cell(name, attend, *held, what, {**facts, "density": density, "ran": said})
             if not dropout:
                 for name, peer in _peers(n, device):
                     yield _cell(name, peer, leaves, grad, what, facts)

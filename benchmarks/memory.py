@@ -11,7 +11,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_sparse
-from hf_sparse.benchmarks.attention import BOTH, DENSE, HEADS, WIDTH, patterns_at, run_once, tensors_at
+from hf_sparse.benchmarks.attention import (
+    BOTH,
+    HEADS,
+    WIDTH,
+    patterns_at,
+    positions_of,
+    run_once,
+    tensors_at,
+)
 
 
 def bytes_of_tensors(n: int, device: str) -> int:
@@ -37,20 +45,22 @@ def _measure(name: str, n: int, device: str, threads: int | None) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
     attend: Any = scaled_dot_product_attention
-    if name != DENSE:
-        attend = functools.partial(hf_sparse.sparse_attention, pattern=patterns_at(n)[name])
+    pattern = patterns_at(n).get(name)
+    if pattern is not None:
+        attend = functools.partial(hf_sparse.sparse_attention, pattern=pattern)
+    total = positions_of(pattern, n)
     # what is imported or compiled when it is first used is no memory of the call
-    run_once(attend, *tensors_at(256, device), BOTH)
+    run_once(attend, *tensors_at(positions_of(pattern, 256), device), BOTH)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_once(attend, *tensors_at(n, device), BOTH)
+        run_once(attend, *tensors_at(total, device), BOTH)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     before = _peak()
-    run_once(attend, *tensors_at(n, device), BOTH)
+    run_once(attend, *tensors_at(total, device), BOTH)
     return _peak() - before
 
 

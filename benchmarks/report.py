@@ -42,8 +42,9 @@ and even on one a number moves by a tenth or more from run to run. Ratios within
 on a GPU. A cell says how many times faster than dense attention (torch's `scaled_dot_product_attention`) a row
 is, and in brackets its *efficiency*: edge density times dense time over our time, which is 1 where an edge
 costs what it costs in dense attention. Density counts each edge once, rows and columns of global tokens
-included. Where dense attention was not run a cell gives the time instead. *Attention removed* is the same model
-in which every token takes its own value: no attention can make the model faster than that.
+included; edges of nodes that are no tokens too, over N x N. Where dense attention was not run a cell gives the
+time instead. *Attention removed* is the same model in which every token takes its own value: no attention can
+make the model faster than that.
 """
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from hf_sparse.benchmarks.attention import BOTH, DENSE, cells_at, patterns_at, plan_rows
+from hf_sparse.benchmarks.attention import BOTH, DENSE, cells_at, patterns_at, plan_rows, positions_of
 from hf_sparse.benchmarks.machine import describe
 from hf_sparse.benchmarks.memory import bytes_of_tensors, peak_memory
 from hf_sparse.benchmarks.models import Models
@@ -91,7 +91,8 @@ def run(
             for name, n in _memory_rows(held["lengths"], mode):
                 tell("memory", f"{name}, {n} tokens")
                 peak = {"name": name, "n": n, "peak": peak_memory(name, n, device)}
-                result["memory"].append({**peak, "tensors": bytes_of_tensors(n, device)})
+                total = positions_of(patterns_at(n).get(name), n)
+                result["memory"].append({**peak, "tensors": bytes_of_tensors(total, device)})
             progress.advance(task)
     result["seconds"] = round(time.perf_counter() - start)
     path = out / "results" / ("-".join((device, mode, *only)) + ".json")

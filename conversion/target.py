@@ -23,6 +23,7 @@ from hf_sparse.integration.sparsify import sparse_config
 from hf_sparse.integration.support import FAMILIES, Family, check_obeys
 from hf_sparse.integration.vision import image_pixels, vision_family_of
 from hf_sparse.patterns import Pattern
+from hf_sparse.patterns.labels import RelativeLabels
 
 # transformers reads these from config.json too, and they would take our attention's place
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -153,9 +154,10 @@ def plan_target(
         length=length,
         copies=_copies(model),
         fresh={
-            f"{path}.weight": tuple(module.weight.shape)
+            f"{path}.{name}": tuple(weight.shape)
             for path, module in model.named_modules()
-            if isinstance(module, Nodes)
+            if isinstance(module, Nodes | RelativeLabels)
+            for name, weight in module.named_parameters()
         },
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
         table_shape=tuple(tables[0].shape) if tables else (),
@@ -236,7 +238,7 @@ def _copies(model: nn.Module) -> dict[str, str]:
     copies = {}
     for _, _, path, module in self_attention_modules(model):
         state = getattr(module, "sparse_state", None)
-        if state is None:
+        if state is None or isinstance(state, RelativeLabels):
             continue
         own = dict(zip(("query", "key", "value"), projections(module), strict=True))
         for key in state.state_dict():

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.backends.dense import dense_attention, draw_edges, every_pair_attention
+from hf_sparse.backends.dense import dense_attention, draw_edges, draw_labels, every_pair_attention
 from hf_sparse.backends.gather import gather_attention
 from hf_sparse.choice import choose_backend, cuda_backend
 from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
+from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.longformer import GlobalProjections
 from hf_sparse.pooled_nodes import with_pooled_nodes
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
@@ -126,14 +127,26 @@ def sparse_attention(
         "num_heads": num_heads,
     }
 
+    label_scores = None
+    if isinstance(state, RelativeLabels):
+        label_scores, state = state(query, scale=scale, head_offset=head_offset), None
+
     def run(q: Tensor, k: Tensor, v: Tensor, rows: str) -> tuple[Tensor, Tensor]:
         seed = _seed(dropout)
         if choice.backend == "dense":
             drawn = draw_edges(q, k, *masks, **settings, rows=rows)
-            return dense_attention(q, k, v, drawn, seed, scale=scale, dropout=dropout, **only_dense)
+            added = {**only_dense}
+            if label_scores is not None:
+                names = draw_labels(k, key_padding_mask, document_ids, pattern.json, layer, is_causal)
+                term = label_scores.gather(3, names[:, None].expand(-1, q.shape[1], -1, -1))
+                added["bias"] = term if bias is None else bias + term
+            return dense_attention(q, k, v, drawn, seed, scale=scale, dropout=dropout, **added)
         given = {**settings, "scale": scale, "dropout": dropout, "rows": rows}
         if choice.backend == "gather":
-            return gather_attention(q, k, v, *masks, seed, **given, may_be_whole=backend == "auto")
+            may_be_whole = backend == "auto" and label_scores is None
+            return gather_attention(
+                q, k, v, *masks, seed, **given, may_be_whole=may_be_whole, label_scores=label_scores
+            )
         return cuda_backend(choice.backend)(q, k, v, *masks, seed, **given)
 
     if state is None:

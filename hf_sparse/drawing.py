@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_sparse.parts import BlockTable, BlockWindow, Globals, Part, Scope, Window
+from hf_sparse.parts import BlockTable, BlockWindow, Globals, Listed, Part, Patches, Scope, Window
 from hf_sparse.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -79,13 +79,19 @@ def edge_kinds(pattern: Pattern, scope: Scope) -> Tensor:
     mask = pattern.mask(scope.length, heads=scope.heads, layer=scope.layer, is_causal=scope.is_causal)
     # not the scope's length: a mask may hold nodes behind the tokens
     position = torch.arange(mask.shape[-1])
+    is_of_node = (position[:, None] >= scope.length) | (position[None, :] >= scope.length)
     kinds = mask.to(torch.uint8)
     for part in pattern.parts(scope):
-        rank = len(KINDS) - list(KINDS).index(_kind(part))
+        rank = torch.full_like(is_of_node, len(KINDS) - list(KINDS).index(_kind(part)), dtype=torch.uint8)
         allowed = part.allows(position[:, None], position[None, :])
+        if part.has_nodes:
+            # what joins a token and a node is global, whatever part it comes from
+            rank = rank.masked_fill(is_of_node, len(KINDS))
+        else:
+            allowed = allowed & ~is_of_node
         for head in range(scope.heads) if part.heads is None else part.heads:
             own = mask[head] & allowed[head if len(allowed) > 1 else 0]
-            kinds[head] = torch.where(own, kinds[head].clamp(min=rank), kinds[head])
+            kinds[head] = torch.where(own, torch.maximum(kinds[head], rank), kinds[head])
     return kinds
 
 
@@ -176,7 +182,7 @@ def _kind(part: Part) -> str:
     match part:
         case Globals():
             return "global"
-        case BlockWindow():
+        case BlockWindow() | Patches() | Listed():
             return "neighbours"
         case Window(before=before, after=after) if before is not None or after is not None:
             return "neighbours"

@@ -59,6 +59,33 @@ PICTURES = (
     Picture(pattern("longformer", window=6, global_tokens=(0, 1)), name="causal", is_causal=True),
     Picture(pattern("bigbird", block_size=2, num_random_blocks=2), name="published"),
     Picture(pattern("bigbird", block_size=2, num_random_blocks=2, random_plan="full_length"), name="full length"),
+    Picture(pattern("bigbird", block_size=2, num_random_blocks=2, num_external_global=2), name="external global"),
+    Picture(pattern("star"), length=24),
+    Picture(pattern("etc", radius=3, num_global=4), name="global nodes"),
+    Picture(
+        pattern("etc", radius=3, segments=6, hard_global_to_long=True, hard_long_to_global=True), name="hard segments"
+    ),
+    Picture(pattern("sparse_transformer", kind="strided", stride=6), name="strided", is_causal=True),
+    Picture(pattern("sparse_transformer", kind="fixed", stride=6, summary=1), name="fixed", is_causal=True),
+    Picture(
+        pattern("sparse_transformer", kind="fixed", stride=6, summary=1, heads="separate"),
+        name="separate heads",
+        heads=4,
+        is_causal=True,
+    ),
+    Picture(pattern("bp_transformer", nodes_per_level=2), name="bidirectional"),
+    Picture(pattern("bp_transformer", nodes_per_level=2), name="causal", is_causal=True),
+    Picture(pattern("image_1d", block_size=8, memory=4), name="bidirectional"),
+    Picture(pattern("image_1d", block_size=8, memory=8), name="causal", is_causal=True),
+    Picture(pattern("image_2d", query_block=(2, 4), flange=(1, 1)), name="raster", length=64),
+    Picture(
+        pattern("image_2d", query_block=(2, 4), flange=(2, 2), order="block"),
+        name="blocks causal",
+        length=64,
+        is_causal=True,
+    ),
+    Picture(pattern("axial", axis="row"), name="row", length=36),
+    Picture(pattern("axial", axis="column"), name="column", length=36),
     Picture(pattern("strided", stride=8) | pattern("band", radius=2) | pattern("global", positions=(0,))),
     Picture(
         by_head({range(2): pattern("band", radius=3), 2: pattern("strided", stride=6), 3: pattern("global")}), heads=4

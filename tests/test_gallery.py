@@ -34,8 +34,8 @@ def test_every_picture_on_the_page_is_a_png_of_sensible_size() -> None:
 
 
 def test_a_pattern_without_a_picture_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PATTERNS, "star", PATTERNS["band"])
-    with pytest.raises(ValueError, match=r"add a line for star to PICTURES in hf_sparse/gallery\.py"):
+    monkeypatch.setitem(PATTERNS, "sun", PATTERNS["band"])
+    with pytest.raises(ValueError, match=r"add a line for sun to PICTURES in hf_sparse/gallery\.py"):
         gallery.page(PAGE)
 
 

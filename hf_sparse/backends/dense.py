@@ -1,13 +1,15 @@
 """The ``dense`` backend: a mask of N x N and one softmax. The reference that ships; for short sequences."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from hf_sparse.backends.dropout import draw_words, mix, threshold
 from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope, edge_mask, with_global_positions
-from hf_sparse.patterns import pattern_from_json
-from hf_sparse.segments import find_segments, logical_length, places
+from hf_sparse.patterns import Pattern, pattern_from_json
+from hf_sparse.segments import Segment, find_segments, logical_length, places
 
 
 @torch.library.custom_op("hf_sparse::edge_mask", mutates_args=())
@@ -49,19 +51,9 @@ def draw_edges(
             real = torch.ones(keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[row].cpu()
             mask[row] = draw(logical_length(k, real, reads_padding=rule.reads_padding), held, q, k) & real
         return mask.to(query.device)
-    real_tokens = rule.num_tokens(keys)
-    for segment in find_segments(
-        batch,
-        real_tokens,
-        key_padding_mask=key_padding_mask,
-        document_ids=document_ids,
-        global_mask=global_mask,
-        reads_padding=rule.reads_padding,
-    ):
-        length = segment.stop - segment.start
-        at = torch.arange(keys)[places(segment, real_tokens, rule.num_nodes(length))]
+    for segment, at in _sequences(rule, batch, keys, key_padding_mask, global_mask, document_ids):
         position = torch.arange(len(at))
-        drawn = draw(length, segment.global_positions, position, position)
+        drawn = draw(segment.stop - segment.start, segment.global_positions, position, position)
         drawn[:, :, list(segment.invalid)] = False
         drawn[:, list(segment.invalid)] = False
         mask[segment.row, :, at[:, None], at] = drawn
@@ -71,6 +63,58 @@ def draw_edges(
 @draw_edges.register_fake
 def _(query, key, *_args):  # type: ignore[no-untyped-def]
     return query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.bool)
+
+
+@torch.library.custom_op("hf_sparse::labels", mutates_args=())
+def draw_labels(
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+    pattern: str,
+    layer: int,
+    is_causal: bool,
+) -> Tensor:
+    """Draw the labels of a pattern that has some, for queries that are the keys; arguments as for ``hf_sparse::gather``.
+
+    Returns:
+        int64 ``[B, T, T]``, 0 between sequences.
+    """
+    rule = pattern_from_json(pattern)
+    batch, total = key.shape[0], key.shape[2]
+    names = torch.zeros(batch, total, total, dtype=torch.int64)
+    for segment, at in _sequences(rule, batch, total, key_padding_mask, None, document_ids):
+        length = segment.stop - segment.start
+        scope = Scope(length, 1, layer, is_causal, nodes=rule.num_nodes(length))
+        position = torch.arange(len(at))
+        names[segment.row, at[:, None], at] = rule.label(position[:, None], position[None, :], scope)
+    return names.to(key.device)
+
+
+@draw_labels.register_fake
+def _(key, *_args):  # type: ignore[no-untyped-def]
+    return key.new_empty(key.shape[0], key.shape[2], key.shape[2], dtype=torch.int64)
+
+
+def _sequences(
+    rule: Pattern,
+    batch: int,
+    total: int,
+    key_padding_mask: Tensor | None,
+    global_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> Iterator[tuple[Segment, Tensor]]:
+    """Yield the sequences of a batch, and where their tokens and nodes stand in the row."""
+    tokens = rule.num_tokens(total)
+    for segment in find_segments(
+        batch,
+        tokens,
+        key_padding_mask=key_padding_mask,
+        document_ids=document_ids,
+        global_mask=global_mask,
+        reads_padding=rule.reads_padding,
+    ):
+        nodes = rule.num_nodes(segment.stop - segment.start)
+        yield segment, torch.arange(total)[places(segment, tokens, nodes)]
 
 
 @without_autocast

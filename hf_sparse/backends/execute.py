@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.backends.kernels import LOG2_E, Kernel, Scratch
+from hf_sparse.backends.labels import Labels
 from hf_sparse.backends.lanes import Head, Sheet, Words
 from hf_sparse.tiles import Gather, Group, Plan, Run, Tile, Work, count
 
@@ -17,7 +18,15 @@ HUGE = 1e30
 
 
 def run_forward(
-    plan: Plan, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, words: Words | None, out: Tensor, lse: Tensor
+    plan: Plan,
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Words | None,
+    labels: Labels | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     """Run a plan forward.
 
@@ -28,6 +37,7 @@ def run_forward(
         k: float ``[B, G, S, D]``.
         v: float ``[B, G, S, Dv]``.
         words: of the dropout, int32 ``[B, H, T]`` and ``[S]``; None without it.
+        labels: what is added to the scores; None without it.
         out: zeros ``[B, H, T, Dv]``, to be written.
         lse: -inf ``[B, H, T]``, to be written.
     """
@@ -38,11 +48,12 @@ def run_forward(
             drawn = None if words is None else (lane.queries(words[0]), words[1])
             for work in works:
                 for piece in work.consecutive(CALL_SCORES) if isinstance(work, Run) else (work,):
+                    term = lane.mask(piece.mask, q)
                     part, part_lse = kernel.forward(
                         lane.of_queries(piece, query),
                         lane.of_keys(piece, key),
                         lane.of_keys(piece, value),
-                        lane.mask(piece.mask, q),
+                        term if labels is None else labels.term(lane, piece, term),
                         lane.words(piece, drawn),
                     )
                     lane.merge(piece, out, lse, part, part_lse)
@@ -56,8 +67,9 @@ def run_backward(
     kernel: Kernel,
     inputs: tuple[Tensor, Tensor, Tensor],
     words: Words | None,
+    labels: Labels | None,
     held: tuple[Tensor, Tensor, Tensor],
-    sums: tuple[Tensor, Tensor, Tensor],
+    sums: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Run a plan backward.
 
@@ -66,9 +78,10 @@ def run_backward(
         kernel: what runs a tile.
         inputs: query, key and value, as for ``run_forward``.
         words: as for ``run_forward``.
+        labels: as for ``run_forward``.
         held: gradient of the output, its sum of products with the output less the gradient of the logsumexp ``[B, H, T]``, and
             the logsumexp (``HUGE`` where a query reads nothing).
-        sums: where the gradients of query, key and value are added.
+        sums: where the gradients of query, key, value and label scores are added.
     """
     q, k, v = inputs
     grad_out, delta, lse = held
@@ -92,17 +105,20 @@ def run_backward(
                         lane.of_keys(piece, key),
                         lane.of_queries(piece, grad),
                     )
+                    term = lane.mask(piece.mask, q)
                     grad_scores, weights = kernel.backward(
                         grads,
                         queries,
                         keys,
                         lane.of_keys(piece, value),
-                        lane.mask(piece.mask, q),
+                        term if labels is None else labels.term(lane, piece, term),
                         lane.words(piece, drawn),
                         lane.of_queries(piece, own_delta),
                         lane.of_queries(piece, top),
                     )
                     lane.add_to_queries(piece, sums[0], grad_scores, keys, kernel.scale)
+                    if labels is not None:
+                        labels.add_gradient(lane, piece, sums[3], grad_scores)
                     lane.add_to_keys(piece, grad_key, grad_scores, queries, 1 / LOG2_E)
                     lane.add_to_keys(piece, grad_value, weights, grads, 1.0)
             lane.close_sum(sums[1], grad_key)

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_sparse.backends.dropout import draw_words
 from hf_sparse.backends.execute import HUGE, inner_products, run_backward, run_forward
 from hf_sparse.backends.kernels import Kernel, fused_backward, fused_forward, without_autocast
+from hf_sparse.backends.labels import Labels
 from hf_sparse.backends.lanes import Words
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, parts_of, pattern_from_json
@@ -46,6 +47,7 @@ def gather_attention(
     num_heads: int,
     rows: str,
     may_be_whole: bool,
+    label_scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a pattern.
 
@@ -68,6 +70,7 @@ def gather_attention(
         num_heads: heads of the whole layer.
         rows: "all" rows, "shared" ones or those of "own" projections; see ``make_plan``.
         may_be_whole: whether a short sequence may run in one tile under its whole mask, where that is faster.
+        label_scores: float ``[B, H, T, V]``, added to the score of a query and a key of each label, for patterns with labels.
 
     Returns:
         Output ``[B, H, T, Dv]`` in the dtype of the query, and logsumexp ``[B, H, T]`` in float32 (float64 for float64).
@@ -79,7 +82,7 @@ def gather_attention(
     )
     kernel, words = Kernel(scale, dropout), call.words(q, k, seed)
     plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
-    tile = _whole(plans, q, k, v, dropout)
+    tile = None if label_scores is not None else _whole(plans, q, k, v, dropout)
     if tile is not None:
         out, lse = fused_forward(q, k, v, tile.mask, scale)
         return _laid_out(out, _by_token(query, value.shape[3])), lse.contiguous()
@@ -89,7 +92,8 @@ def gather_attention(
         held = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         results = out[batch, :, q_tokens], lse[batch, :, q_tokens]
-        run_forward(plan, kernel, *held, drawn, *results)
+        labels = call.labels(label_scores, batch, q_tokens, exact)
+        run_forward(plan, kernel, *held, drawn, labels, *results)
         _put_back((out, lse), batch, q_tokens, results)
     return out.to(query.dtype), lse
 
@@ -125,7 +129,8 @@ def _gather_backward(
     num_heads: int,
     rows: str,
     may_be_whole: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    label_scores: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v, g, o = (t.to(exact) for t in (query, key, value, grad_out, out))
     # a query that reads nothing has no gradient
@@ -134,45 +139,54 @@ def _gather_backward(
         pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
     )
     plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
-    tile = None if grad_lse is not None else _whole(plans, q, k, v, dropout)
+    is_plain = grad_lse is None and label_scores is None
+    tile = _whole(plans, q, k, v, dropout) if is_plain else None
+    nothing = query.new_empty(0)
     if tile is not None:
         found = fused_backward(g, q, k, v, o, top, tile.mask, scale)
         dq, dk, dv = (_laid_out(grad, like) for grad, like in zip(found, (query, key, value), strict=True))
-        return dq, dk, dv
+        return dq, dk, dv, nothing
     kernel, words = Kernel(scale, dropout), call.words(q, k, seed)
     delta = inner_products(g, o)
     if grad_lse is not None:
         delta -= grad_lse
-    grads = [torch.zeros_like(t, dtype=exact) for t in (query, key, value)]
+    tensors = (query, key, value, nothing if label_scores is None else label_scores)
+    grads = [torch.zeros_like(t, dtype=exact) for t in tensors]
     for batch, q_tokens, k_tokens, plan in plans:
         inputs = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         held = g[batch, :, q_tokens], delta[batch, :, q_tokens], top[batch, :, q_tokens]
-        sums = grads[0][batch, :, q_tokens], grads[1][batch, :, k_tokens], grads[2][batch, :, k_tokens]
-        run_backward(plan, kernel, inputs, drawn, held, sums)
-        for grad, at, found in zip(grads, (q_tokens, k_tokens, k_tokens), sums, strict=True):
-            _put_back((grad,), batch, at, (found,))
-    dq, dk, dv = (grad.to(query.dtype) for grad in grads)
-    return dq, dk, dv
+        labels = call.labels(label_scores, batch, q_tokens, exact)
+        places_ = (q_tokens, k_tokens, k_tokens, q_tokens)
+        sums = tuple(grad[batch, :, at] if grad.dim() == 4 else grad for grad, at in zip(grads, places_, strict=True))
+        run_backward(plan, kernel, inputs, drawn, labels, held, sums)  # type: ignore[arg-type]
+        for grad, at, found in zip(grads, places_, sums, strict=True):
+            if grad.dim() == 4:
+                _put_back((grad,), batch, at, (found,))
+    dq, dk, dv, dl = (grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
+    return dq, dk, dv, dl
 
 
 @_gather_backward.register_fake
 def _(_grad_out, _grad_lse, query, key, value, *_args):  # type: ignore[no-untyped-def]
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    label_scores = _args[-1] if isinstance(_args[-1], Tensor) else query.new_empty(0)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(label_scores)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:9])
-    ctx.settings = inputs[9:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:9], inputs[-1])
+    ctx.settings = inputs[9:-1]
 
 
 def _autograd_backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    query, key, value, out, lse, *masks = ctx.saved_tensors
+    query, key, value, out, lse, *masks, label_scores = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = _gather_backward(grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.settings)
-    return (*grads, *[None] * (6 + len(ctx.settings)))
+    *grads, grad_labels = _gather_backward(
+        grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.settings, label_scores
+    )
+    return (*grads, *[None] * (6 + len(ctx.settings)), None if label_scores is None else grad_labels)
 
 
 gather_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -215,6 +229,14 @@ class _Call:
 
     def words(self, query: Tensor, key: Tensor, seed: Tensor | None) -> Words | None:
         return None if seed is None else draw_words(seed, *query.shape[:3], key.shape[2], query.device)
+
+    def labels(self, scores: Tensor | None, batch: slice, at: Places, exact: torch.dtype) -> Labels | None:
+        """Return the label scores of a sequence, whose tokens and nodes stand at ``at``."""
+        if scores is None:
+            return None
+        held = scores[batch, :, at].to(exact)
+        scope = self._scope(self.pattern.num_tokens(held.shape[2]))
+        return Labels(held, lambda q, k: self.pattern.label(q, k, scope), held.shape[2])
 
     def plans(
         self,

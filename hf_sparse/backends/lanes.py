@@ -71,6 +71,10 @@ class Sheet:
         """Return the words of the dropout of a piece."""
         return None if words is None else (words[0], words[1][self.work.k][None])
 
+    def positions(self, _piece: Work, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where a piece's queries ``[1, T]`` and keys ``[1, S]`` stand, given where all do."""
+        return position[self.work.q][None], position[self.work.k][None]
+
     def merge(self, _piece: Work, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """Add what a piece gave to ``out`` and ``lse``."""
         held = [tensor[self.rows, self.heads] for tensor in (out, lse)]
@@ -88,9 +92,13 @@ class Sheet:
 
     def add_to_queries(self, _piece: Work, total: Tensor, weights: Tensor, keys: Tensor, factor: float) -> None:
         """Add a factor times the product of weights ``[X, T, S]`` and keys to the queries of a piece."""
+        self.add_rows(_piece, total, _product(weights, keys, self.scratch), factor)
+
+    def add_rows(self, _piece: Work, total: Tensor, rows: Tensor, factor: float) -> None:
+        """Add a factor times rows ``[X, T, ...]`` to the queries of a piece."""
         held = total[self.rows, self.heads]
         at = held[:, :, self.work.q]
-        at.add_(_product(weights, keys, self.scratch).view(at.shape), alpha=factor)
+        at.add_(rows.view(at.shape), alpha=factor)
         if isinstance(self.work.q, Tensor):
             held[:, :, self.work.q] = at
 
@@ -164,6 +172,15 @@ class Head:
         """Return the words of the dropout of a piece."""
         return None if words is None else (self.of_queries(piece, words[0]), self.of_keys(piece, words[1]))
 
+    def positions(self, piece: Work, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where a piece's queries ``[X, T]`` and keys ``[X, S]`` stand, given where all do; X is 1 for a run.
+
+        Of a run the first block stands for all, in which the distances are the same.
+        """
+        if isinstance(piece, Run):
+            piece = next(piece.consecutive(1))
+        return self.of_queries(piece, position), self.of_keys(piece, position)
+
     def merge(self, piece: Work, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """Add what a piece gave to ``out`` and ``lse``."""
         at_out, at_lse = (self.of_queries(piece, tensor[self.row, self.head]) for tensor in (out, lse))
@@ -182,8 +199,11 @@ class Head:
 
     def add_to_queries(self, piece: Work, total: Tensor, weights: Tensor, keys: Tensor, factor: float) -> None:
         """Add a factor times the product of weights ``[X, T, S]`` and keys to the queries of a piece."""
-        at = self.of_queries(piece, total[self.row, self.head])
-        at.add_(_product(weights, keys, self.scratch), alpha=factor)
+        self.add_rows(piece, total, _product(weights, keys, self.scratch), factor)
+
+    def add_rows(self, piece: Work, total: Tensor, rows: Tensor, factor: float) -> None:
+        """Add a factor times rows ``[X, T, ...]`` to the queries of a piece."""
+        self.of_queries(piece, total[self.row, self.head]).add_(rows, alpha=factor)
 
     def add_to_keys(self, piece: Work, total: Tensor, weights: Tensor, queries: Tensor, factor: float) -> None:
         """Add a factor times the product of weights ``[X, T, S]``, transposed, and queries to the keys of a piece."""

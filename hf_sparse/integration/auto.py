@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.global_defaults import default_global_mask
-from hf_sparse.integration.layers import attach, copy_projections, self_attention_modules, tag_of
+from hf_sparse.integration.layers import attach, self_attention_modules, start_states, tag_of
 from hf_sparse.integration.nodes import add_nodes, reset_nodes
 from hf_sparse.integration.positions import lengthen_, limits
 from hf_sparse.integration.register import NAME
@@ -56,7 +56,7 @@ class SparseModelMixin:
 
     def initialize_weights(self) -> None:
         super().initialize_weights()  # type: ignore[misc]
-        copy_projections(self._sparse_fresh)
+        start_states(self._sparse_fresh)
         reset_nodes(self)  # type: ignore[arg-type]
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.entry import Entry
 from hf_sparse.patterns import Pattern
+from hf_sparse.patterns.labels import RelativeLabels
 
 # names of the query, key and value projections of a self-attention module
 _PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
@@ -153,15 +154,20 @@ def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         if all(isinstance(linear, nn.Linear) for linear in found):
             return found  # type: ignore[return-value]
     raise UnsupportedModelError(
-        f"{type(module).__name__} has no separate query, key and value projections, which this pattern would copy; "
-        "set global_projections=False"
+        f"{type(module).__name__} has no separate query, key and value projections, which this pattern would copy or measure; "
+        "set global_projections=False, or max_relative_distance=0"
     )
 
 
-def copy_projections(modules: list[nn.Module]) -> None:
-    """Start the weights that patterns own as copies of the layers' own projections, where they were not loaded."""
+def start_states(modules: list[nn.Module]) -> None:
+    """Start the weights that patterns own and that were not loaded: labels as 0, projections as copies of the layers' own."""
     for module in modules:
         with torch.no_grad():
+            if isinstance(module.sparse_state, RelativeLabels):
+                for parameter in module.sparse_state.parameters():
+                    if not getattr(parameter, "_is_hf_initialized", False):
+                        parameter.zero_()
+                continue
             for name, source in zip(("query", "key", "value"), projections(module), strict=True):
                 target = getattr(module.sparse_state, name)
                 for parameter, value in ((target.weight, source.weight), (target.bias, source.bias)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.attention import documents_of, refuse_packed
 from hf_sparse.integration.entry import Entry
+from hf_sparse.integration.register import NAME
 from hf_sparse.patterns import Pattern
 
 
@@ -80,6 +81,12 @@ class Nodes(nn.Module):
         return (means + self.weight[vector].to(embedded.dtype)) * is_node
 
     def _keep_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        name = module.config._attn_implementation  # type: ignore[union-attr]
+        if name != NAME:
+            raise ValueError(
+                f"attn_implementation={name!r} cannot show this model dense: its pattern {self.pattern.key!r} has nodes, "
+                f"which no dense model has; load it with {NAME!r}"
+            )
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = {**given.get("kwargs", {}), **given}
         mask, position_ids = given.get("attention_mask"), given.get("position_ids")

@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.auto import SparseModelMixin, sparse_config_class, sparse_model_class
 from hf_sparse.integration.entry import make_entry
-from hf_sparse.integration.layers import attach, check_entry, copy_projections, self_attention_modules
+from hf_sparse.integration.layers import attach, check_entry, self_attention_modules, start_states
 from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
 from hf_sparse.integration.positions import family_of, wanted_limits
 from hf_sparse.integration.register import NAME
@@ -69,7 +69,7 @@ def sparsify_(
     key: Any = str(sparse) if type(_CAN_RECORD_REGISTRY) is dict else model
     _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
     model.set_attn_implementation(NAME)
-    copy_projections(attach(model, entry))
+    start_states(attach(model, entry))
     add_nodes(model, entry)
     reset_nodes(model)
     return model

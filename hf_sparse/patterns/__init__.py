@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from hf_sparse.parts import Part, Scope
-from hf_sparse.patterns.axial import Axial
+from hf_sparse.patterns.axial import Axial, shifted_axial
 from hf_sparse.patterns.band import Band
 from hf_sparse.patterns.bigbird import BigBird
 from hf_sparse.patterns.block_local import BlockLocal
@@ -134,4 +134,5 @@ __all__ = [
     "pattern",
     "pattern_from_dict",
     "pattern_from_json",
+    "shifted_axial",
 ]

@@ -1,8 +1,11 @@
 """Axial Transformer: rows and columns of a grid."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor, nn
 
 from hf_sparse.parts import BlockWindow, Part, Scope, Window
 from hf_sparse.patterns.image_1d import fitted, prefix_tokens
@@ -66,6 +69,40 @@ class Axial(Pattern):
 
     def wide_open(self, length: int) -> "Axial":
         return Axial(None, length, "row", self.num_prefix_tokens)
+
+
+def shifted_axial(
+    hidden: Tensor,
+    *,
+    width: int,
+    whole_rows: Callable[[Tensor], Tensor],
+    columns: Callable[[Tensor], Tensor],
+    rows: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return states from which an image can be generated pixel by pixel: each knows all pixels before it, and no other.
+
+    Causal rows and columns alone never see what is above and to the right. Here rows are first read whole and then joined down
+    the columns; moved down by one row, that says all of the rows above. What is to the left comes from causal rows over
+    the pixels moved right by one.
+
+    Args:
+        hidden: float ``[B, height * width, D]``, the embedded pixels in raster order, their positions included.
+        width: pixels of a row.
+        whole_rows: layers under ``Axial(axis="row")``, not causal: float ``[B, N, D]`` to the same.
+        columns: causal layers under ``Axial(axis="column")``.
+        rows: causal layers under ``Axial(axis="row")``.
+
+    Raises:
+        ValueError: if the pixels are no whole rows.
+
+    Source: Ho et al. 2019, arXiv:1912.12180, section 3.2. Positions, which the paper adds once more between, are left to the
+    layers; so is the order of channels.
+    """
+    if width < 1 or hidden.shape[1] % width:
+        raise ValueError(f"width must divide the {hidden.shape[1]} pixels into whole rows, got {width}")
+    above = nn.functional.pad(columns(whole_rows(hidden)), (0, 0, width, -width))
+    left = nn.functional.pad(hidden.unflatten(1, (-1, width)), (0, 0, 1, -1)).flatten(1, 2)
+    return rows(left + above)
 
 
 def check_grid(height: int | None, width: int | None) -> None:

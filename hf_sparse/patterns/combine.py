@@ -48,6 +48,13 @@ class _Combination(Pattern):
         return max(member.num_node_vectors for member in self.members if member.has_nodes)
 
     @property
+    def num_labels(self) -> int:
+        return max(member.num_labels for member in self.members)
+
+    def label(self, q: Tensor, k: Tensor, scope: Scope) -> Tensor:
+        return next(member for member in self.members if member.num_labels).label(q, k, scope)
+
+    @property
     def pools_nodes(self) -> bool:
         return any(member.pools_nodes for member in self.members)
 
@@ -70,7 +77,8 @@ class _Combination(Pattern):
         owned = [state for state in states if state is not None]
         if len(owned) > 1:
             raise ValueError(
-                "at most one member of a combination may own weights on a layer; set global_projections=False on the others"
+                "at most one member of a combination may own weights on a layer; set global_projections=False or "
+                "max_relative_distance=0 on the others"
             )
         return owned[0] if owned else None
 
@@ -150,6 +158,8 @@ class ByHead(_Combination):
         named = sorted(head for group in self.heads for head in group)
         if not named or named != list(range(len(named))) or len(self.heads) != len(self.patterns):
             raise ValueError(f"by_head must name each head from 0 on exactly once, got heads {named}")
+        if self.num_labels:
+            raise ValueError("by_head takes no pattern with labels, which all heads have; set max_relative_distance=0")
         self._check_one_length()
 
     @property

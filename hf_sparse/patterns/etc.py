@@ -1,13 +1,15 @@
 """ETC: a window, and global nodes beside the tokens."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse.parts import Globals, Listed, Part, Patches, Scope, Window
+from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.parent import Pattern, check_count, check_switch
 from hf_sparse.patterns.star import node_globals
 
@@ -22,18 +24,22 @@ class ETC(Pattern):
     Args:
         radius: tokens to each side; at least 1.
         num_global: global nodes, at least 1, where there are no ``segments``.
+        max_relative_distance: distance from which on neighbours share a label, at least 0; each label has a learned key vector
+            and bias for each head, which start as 0. 0 leaves labels out.
         segments: tokens of a block that has a node of its own, at least 1; None for nodes that belong to no block.
         hard_global_to_long: whether a block's node reads the tokens of its block alone (and all nodes).
         hard_long_to_global: whether a token reads the node of its block alone.
 
     Source: Ainslie et al. 2020, arXiv:2004.08483, section 3. Nodes start as the mean of their block, or of an equal share of
     the tokens, and a learned vector; the paper's are embedded as tokens. Projections are shared by nodes and tokens, as in
-    its default. Relative position labels are left out.
+    its default. Labels: relative positions of two tokens and of two nodes, and between a token and a node whether the token
+    is of the node's block, with tables for rows of tokens and of nodes.
     """
 
     key: ClassVar[str] = "etc"
     radius: int = 84
     num_global: int = 256
+    max_relative_distance: int = 12
     segments: int | None = None
     hard_global_to_long: bool = False
     hard_long_to_global: bool = False
@@ -41,6 +47,7 @@ class ETC(Pattern):
     def check_fields(self) -> None:
         check_count(self.radius, "radius", least=1)
         check_count(self.num_global, "num_global", least=1)
+        check_count(self.max_relative_distance, "max_relative_distance", least=0)
         if self.segments is not None:
             check_count(self.segments, "segments", least=1)
         for name in ("hard_global_to_long", "hard_long_to_global"):
@@ -82,7 +89,27 @@ class ETC(Pattern):
         return (window, own, Globals(positions=positions, is_replaceable=False, reads_all=False))
 
     def wide_open(self, length: int) -> "ETC":
-        return ETC(length, self.num_global, self.segments)
+        hard = {"hard_global_to_long": False, "hard_long_to_global": False}
+        return dataclasses.replace(self, radius=length, **hard)
+
+    @property
+    def num_labels(self) -> int:
+        return 4 * self.max_relative_distance + 6 if self.max_relative_distance else 0
+
+    def label(self, q: Tensor, k: Tensor, scope: Scope) -> Tensor:
+        n, most = scope.length, self.max_relative_distance
+        lag = k - q
+        relative = torch.where(lag >= 0, lag.clamp(max=most), most + (-lag).clamp(max=most))
+        token, node = torch.minimum(q, k), torch.maximum(q, k) - n
+        is_own = token // self.segments == node if self.segments else torch.zeros_like(lag, dtype=torch.bool)
+        is_node = q >= n
+        kind = torch.where(is_node == (k >= n), relative, 2 * most + 1 + is_own.long())
+        return kind + (2 * most + 3) * is_node
+
+    def make_state(
+        self, *, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int
+    ) -> nn.Module | None:
+        return RelativeLabels(self.num_labels, num_heads, head_dim) if self.num_labels else None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,8 +18,9 @@ class Longformer(Pattern):
         window: both sides together, in tokens, even, at least 2; one number, or one for each layer.
         global_tokens: logical positions of the global tokens when a call brings no ``global_mask``. Empty, as the bare
             in-tree ``LongformerModel``; task heads set their own (CLS, the question, ``<s>``).
-        dilation: distance between neighbouring keys of the window, at least 1; one number, or one for each head. The
-            window then reaches ``dilation`` times as far with as many keys.
+        dilation: distance between neighbouring keys of the window, at least 1; one number, one for each head, or for each
+            layer one or the other (the paper dilates two heads of the upper layers). The window then reaches ``dilation``
+            times as far with as many keys.
         global_projections: whether the rows of global tokens use query, key and value projections of their own, which
             a conversion starts as copies. Without them, or without a ``state``, they use the layer's own.
 
@@ -31,12 +32,12 @@ class Longformer(Pattern):
     key: ClassVar[str] = "longformer"
     window: int | tuple[int, ...] = 512
     global_tokens: tuple[int, ...] = ()
-    dilation: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] | tuple[int | tuple[int, ...], ...] = 1
     global_projections: bool = True
 
     def check_fields(self) -> None:
         object.__setattr__(self, "window", _one_or_many(self.window, "window", least=2))
-        object.__setattr__(self, "dilation", _one_or_many(self.dilation, "dilation", least=1))
+        object.__setattr__(self, "dilation", _dilations(self.dilation))
         object.__setattr__(self, "global_tokens", check_positions(self.global_tokens, "global_tokens"))
         for window in self.window if isinstance(self.window, tuple) else (self.window,):
             if window % 2:
@@ -49,7 +50,11 @@ class Longformer(Pattern):
 
     @property
     def varies_by_layer(self) -> bool:
-        return isinstance(self.window, tuple)
+        return isinstance(self.window, tuple) or self._dilates_by_layer
+
+    @property
+    def _dilates_by_layer(self) -> bool:
+        return isinstance(self.dilation, tuple) and any(isinstance(one, tuple) for one in self.dilation)
 
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         if isinstance(self.window, tuple):
@@ -59,12 +64,17 @@ class Longformer(Pattern):
         else:
             reach = self.window // 2
         globals_ = Globals(positions=self.global_tokens, has_projections=self.global_projections)
-        if isinstance(self.dilation, int):
-            return (Window(before=reach, after=reach, dilation=self.dilation), globals_)
+        by_head: Any = self.dilation
+        if self._dilates_by_layer:
+            if scope.layer >= len(by_head):
+                raise ValueError(f"dilation has {len(by_head)} entries, one a layer, but this is layer {scope.layer}")
+            by_head = by_head[scope.layer]
+        if isinstance(by_head, int):
+            return (Window(before=reach, after=reach, dilation=by_head), globals_)
         last = scope.head_offset + scope.heads
-        if last > len(self.dilation):
-            raise ValueError(f"dilation has {len(self.dilation)} entries, one a head, but there are {last} heads")
-        held = self.dilation[scope.head_offset : last]
+        if last > len(by_head):
+            raise ValueError(f"dilation has {len(by_head)} entries, one a head, but there are {last} heads")
+        held = by_head[scope.head_offset : last]
         windows = [
             Window(
                 heads=frozenset(head for head, own in enumerate(held) if own == dilation),
@@ -79,8 +89,12 @@ class Longformer(Pattern):
     def check(self, *, num_layers: int, num_heads: int, length: int | None = None) -> None:
         if isinstance(self.window, tuple) and len(self.window) != num_layers:
             raise ValueError(f"window has {len(self.window)} entries, one a layer, but the model has {num_layers}")
-        if isinstance(self.dilation, tuple) and len(self.dilation) != num_heads:
-            raise ValueError(f"dilation has {len(self.dilation)} entries, one a head, but the model has {num_heads}")
+        by_layer: Any = self.dilation if self._dilates_by_layer else (self.dilation,)
+        if self._dilates_by_layer and len(by_layer) != num_layers:
+            raise ValueError(f"dilation has {len(by_layer)} entries, one a layer, but the model has {num_layers}")
+        for by_head in by_layer:
+            if isinstance(by_head, tuple) and len(by_head) != num_heads:
+                raise ValueError(f"dilation has {len(by_head)} entries, one a head, but the model has {num_heads}")
         check_positions_fit(self.global_tokens, "global_tokens", length)
 
     def wide_open(self, length: int) -> "Longformer":
@@ -129,3 +143,10 @@ def _one_or_many(value: Any, name: str, *, least: int) -> int | tuple[int, ...]:
         return tuple(value)
     check_count(value, name, least=least)
     return int(value)
+
+
+def _dilations(value: Any) -> Any:
+    """Return dilations: one, one for each head, or for each layer one or the other."""
+    if isinstance(value, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in value):
+        return tuple(_one_or_many(one, "dilation", least=1) for one in value)
+    return _one_or_many(value, "dilation", least=1)

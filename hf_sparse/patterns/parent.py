@@ -108,6 +108,24 @@ class Pattern:
             ValueError: if it does not fit.
         """
 
+    @property
+    def num_labels(self) -> int:
+        """How many kinds of pairs have a learned score of their own; 0 where there are none."""
+        return 0
+
+    def label(self, q: Tensor, k: Tensor, scope: Scope) -> Tensor:
+        """Return the kind of each pair, for patterns with labels; of two tokens it depends on the distance alone.
+
+        Args:
+            q: int64, logical query positions.
+            k: int64, logical key positions, broadcastable with ``q``.
+            scope: of the sequence.
+
+        Returns:
+            int64 ``[*broadcast(q, k)]``, below ``num_labels``; for pairs that are no edges any of them.
+        """
+        raise NotImplementedError
+
     def on_grid(self, prefix: int, height: int, width: int) -> "Pattern":
         """Return the pattern with what it leaves open about a grid of pixels filled in.
 

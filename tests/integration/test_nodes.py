@@ -12,7 +12,8 @@ from transformers import AutoModel, AutoModelForMaskedLM
 import hf_sparse
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.patterns import Pattern
-from tests.support.models import tiny_batch, tiny_config, tiny_model
+from hf_sparse.patterns.labels import RelativeLabels
+from tests.support.models import tiny_batch, tiny_config, tiny_images, tiny_model, tiny_vision_model
 
 N = 40
 STAR = hf_sparse.pattern("star", num_relays=2)
@@ -198,6 +199,33 @@ def test_what_nodes_cannot_serve_is_refused() -> None:
         hf_sparse.sparsify_(tiny_model("Bert"), STAR, layers={0: "dense"})
 
 
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_model_with_nodes_cannot_be_seen_dense(name: str) -> None:
+    model = sparse("Bert")
+    model.set_attn_implementation(name)
+    with pytest.raises(ValueError, match=f"attn_implementation='{name}' cannot show this model dense"):
+        said(model, **tiny_batch(N))
+
+
+@pytest.mark.parametrize("pattern", ["star", "axial"])
+def test_models_that_read_images_take_nodes_and_grids(pattern: str, tmp_path: Path) -> None:
+    model = hf_sparse.sparsify_(tiny_vision_model("ViT"), hf_sparse.pattern(pattern)).eval()
+    pixels = tiny_images(16)
+    out = said(model, pixel_values=pixels)
+    dense = said(tiny_vision_model("ViT").eval(), pixel_values=pixels)
+    assert out.last_hidden_state.shape == dense.last_hidden_state.shape
+    assert not torch.allclose(out.last_hidden_state, dense.last_hidden_state)
+    model.save_pretrained(tmp_path)
+    again = said(AutoModel.from_pretrained(tmp_path).eval(), pixel_values=pixels)
+    assert torch.equal(again.last_hidden_state, out.last_hidden_state)
+    if pattern == "axial":
+        entry = model.config.sparse_attention["pattern"]
+        assert entry["num_prefix_tokens"] == 1
+        assert entry["height"] == entry["width"]
+        with pytest.raises(ValueError, match=r"width is 3, but the model has \d+; leave it out"):
+            hf_sparse.sparsify_(tiny_vision_model("ViT"), hf_sparse.pattern("axial", width=3))
+
+
 def test_a_causal_model_is_refused() -> None:
     decoder = AutoModel.from_config(tiny_config("Bert", is_decoder=True))
     with pytest.raises(ValueError, match="in a causal model they would know what comes"):
@@ -220,3 +248,31 @@ def test_global_tokens_and_nodes_serve_side_by_side() -> None:
     own = said(model, **batch).last_hidden_state
     assert torch.equal(said(model, **batch, global_attention_mask=mark.roll(-7, 1)).last_hidden_state, own)
     assert not torch.allclose(said(model, **batch, global_attention_mask=mark).last_hidden_state, own)
+
+
+def test_labels_are_saved_and_start_as_nothing(tmp_path: Path) -> None:
+    plain = hf_sparse.pattern("etc", radius=3, num_global=4, max_relative_distance=0)
+    labelled = hf_sparse.pattern("etc", radius=3, num_global=4, max_relative_distance=2)
+    batch = tiny_batch(N)
+    wanted = said(hf_sparse.sparsify_(tiny_model("Bert"), plain).eval(), **batch).last_hidden_state
+    model = hf_sparse.sparsify_(tiny_model("Bert"), labelled).eval()
+    assert torch.allclose(said(model, **batch).last_hidden_state, wanted, atol=1e-5)
+    states = [module for module in model.modules() if isinstance(module, RelativeLabels)]
+    assert len(states) == model.config.num_hidden_layers
+    for state in states:
+        for parameter in state.parameters():
+            assert not parameter.any()
+            nn.init.normal_(parameter)
+    before = said(model, **batch).last_hidden_state
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(said(AutoModel.from_pretrained(tmp_path).eval(), **batch).last_hidden_state, before)
+
+
+def test_a_dense_checkpoint_gets_labels_of_zeros(tmp_path: Path) -> None:
+    tiny_model("Bert").save_pretrained(tmp_path)
+    config = hf_sparse.sparse_config(tmp_path, PATTERNS["etc"])
+    model = AutoModel.from_pretrained(tmp_path, config=config)
+    states = [module for module in model.modules() if isinstance(module, RelativeLabels)]
+    assert states
+    assert not any(parameter.any() for state in states for parameter in state.parameters())

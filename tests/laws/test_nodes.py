@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import hf_sparse
+from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
+from hf_sparse.patterns.labels import RelativeLabels
 from tests.pattern_cases import BACKENDS, HEADS, attention
 from tests.support import system_rules
 from tests.support.gradients import with_gradients
@@ -160,6 +162,100 @@ def test_no_token_learns_of_later_ones_through_nodes_in_three_layers(case: NodeC
     before, after = layers(tokens, nodes), layers(changed, nodes)
     assert torch.equal(before[:, :, :p], after[:, :, :p])
     assert not torch.equal(before[:, :, p:], after[:, :, p:])
+
+
+def relative(lag: int, most: int) -> int:
+    """Return the label of a distance: 0 ... most to the right, then to the left."""
+    return min(lag, most) if lag >= 0 else most + min(-lag, most)
+
+
+def etc_label(q: int, k: int, n: int, most: int, segments: int | None) -> int:
+    """Return the label of a pair: of rows of tokens and of nodes, each a distance, or whether a token is of a node's block."""
+    if (q < n) == (k < n):
+        label = relative(k - q, most)
+    else:
+        token, node = min(q, k), max(q, k) - n
+        label = 2 * most + 1 + int(segments is not None and token // segments == node)
+    return label + (2 * most + 3) * (q >= n)
+
+
+@both_backends
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("segments", [None, 8])
+@pytest.mark.parametrize("n", [1, 7, 65])
+def test_labels_of_etc_equal_the_loop_oracle(n: int, segments: int | None, is_padded: bool, backend: str) -> None:
+    most, pattern = 3, _make("etc", radius=5, num_global=3, max_relative_distance=3, segments=segments)
+    state: Any = pattern.make_state(hidden_size=8, num_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH)
+    torch.manual_seed(1)
+    for parameter in state.double().parameters():
+        torch.nn.init.normal_(parameter)
+    # padding on the left moves neither tokens nor nodes
+    before = 4 if is_padded else 0
+    total = before + n + pattern.num_nodes(before + n)
+    at = torch.tensor([*range(before, before + n), *range(before + n, before + n + pattern.num_nodes(n))])
+    is_real = torch.ones(1, total, dtype=torch.bool)
+    is_real[:, :before] = False
+    labels = [[etc_label(q, k, n, most, segments) for k in range(len(at))] for q in range(len(at))]
+    mask = pattern.mask(n, heads=HEADS)[None]
+
+    def looped(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+        query, key, value = query[:, :, at], key[:, :, at], value[:, :, at]
+        own = keys[torch.tensor(labels)]
+        added = (
+            torch.einsum("bhqd,qkhd->bhqk", query, own) + bias[torch.tensor(labels)].permute(2, 0, 1)
+        ) * WIDTH**-0.5
+        return attend_by_rows(query, key, value, mask, bias=added)[0]
+
+    def ours(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+        held = {"keys": keys, "bias": bias}
+        label_state = _Functional(state, held)
+        settings = {"key_padding_mask": is_real, "backend": backend, "state": label_state}
+        return attention(pattern, **settings)(query, key, value)[:, :, at]
+
+    tensors = (*random_tensors(tokens=total, width=WIDTH), state.keys, state.bias)
+    for actual, oracle in zip(with_gradients(ours, tensors), with_gradients(looped, tensors), strict=True):
+        assert_same_maths(actual, oracle, terms=total + WIDTH)
+
+
+class _Functional(RelativeLabels):
+    """A state that reads given tensors in the place of its parameters, so that gradients by them can be asked for."""
+
+    def __init__(self, state: RelativeLabels, held: dict[str, Tensor]) -> None:
+        torch.nn.Module.__init__(self)
+        self.own, self.held = [state], held
+
+    def forward(self, query: Tensor, **settings: Any) -> Tensor:
+        found: Tensor = torch.func.functional_call(self.own[0], self.held, (query,), settings)
+        return found
+
+
+@both_backends
+def test_labels_of_spans_are_told_apart_by_level_side_and_place(backend: str) -> None:
+    n, pattern = 65, _make("bp_transformer", nodes_per_level=2, clip_distance=2)
+    plain = _make("bp_transformer", nodes_per_level=2)
+    state: Any = pattern.make_state(hidden_size=8, num_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH)
+    assert state.keys.shape == (15, 1, WIDTH)
+    tensors = random_tensors(tokens=n + pattern.num_nodes(n), width=WIDTH)
+    # labels of zeros change nothing
+    assert_same_maths(
+        attention(pattern, backend=backend, state=state.double())(*tensors),
+        attention(plain, backend=backend)(*tensors),
+        terms=n + WIDTH,
+    )
+    scope = Scope(8, 1, nodes=pattern.num_nodes(8))
+    # by hand: 8 tokens, pairs at 8 to 11, fours at 12 and 13, the root at 14; a level has five labels: itself, left, right, ...
+    by_hand = {
+        0: {0: 0, 1: 2, 2: 4, 3: 4, 10: 7, 11: 9},
+        3: {3: 0, 2: 1, 1: 3, 0: 3, 4: 2, 5: 4, 11: 7},
+        7: {7: 0, 6: 1, 5: 3, 4: 3, 9: 6, 8: 8},
+    }
+    for token, wanted in by_hand.items():
+        reads = pattern.mask(8)[0, token].nonzero()[:, 0]
+        labels = pattern.label(torch.tensor(token), reads, scope)
+        assert dict(zip(reads.tolist(), labels.tolist(), strict=True)) == wanted
+    # spans read their tokens under a label for each level, clipped
+    spans = pattern.label(torch.tensor([[8], [12], [14]]), torch.tensor([0]), scope)[:, 0]
+    assert spans.tolist() == [5, 10, 10]
 
 
 @pytest.mark.parametrize("what", ["document_ids", "query_positions", "a single query"])

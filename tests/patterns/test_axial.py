@@ -1,11 +1,14 @@
 """Axial Transformer: every pixel reads its row or its column."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hf_sparse
+from hf_sparse.patterns import shifted_axial
 from tests.patterns import checks
 from tests.patterns.checks import Drawing
 from tests.support import system_rules
@@ -130,3 +133,46 @@ def test_bad_counts_are_refused() -> None:
 
 def test_bad_axes_are_refused() -> None:
     checks.check_bad_values("axial", "axis", "diagonal", "")
+
+
+def layers(axis: str, *, width: int, is_causal: bool) -> Callable[[Tensor], Tensor]:
+    """Return one layer of attention with a residual, as wide as its states."""
+    pattern = hf_sparse.pattern("axial", width=width, axis=axis)
+
+    def run(hidden: Tensor) -> Tensor:
+        heads = hidden[:, None]
+        attended = hf_sparse.sparse_attention(heads, heads, heads, pattern, is_causal=is_causal)
+        assert isinstance(attended, Tensor)
+        return hidden + attended[:, 0]
+
+    return run
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (5, 1), (4, 3), (3, 7)])
+def test_shifted_rows_and_columns_see_the_whole_past_and_nothing_else(height: int, width: int) -> None:
+    n = height * width
+    torch.manual_seed(0)
+    hidden = torch.randn(1, n, 4, dtype=torch.float64, requires_grad=True)
+    states = shifted_axial(
+        hidden,
+        width=width,
+        whole_rows=layers("row", width=width, is_causal=False),
+        columns=layers("column", width=width, is_causal=True),
+        rows=layers("row", width=width, is_causal=True),
+    )
+    sees = [
+        torch.autograd.grad(states[0, i].sum(), hidden, retain_graph=True)[0][0].abs().sum(-1) > 0 for i in range(n)
+    ]
+    assert torch.equal(torch.stack(sees), torch.ones(n, n).tril(-1).bool())
+
+
+def test_causal_rows_and_columns_alone_miss_what_is_above_and_to_the_right() -> None:
+    hidden = torch.randn(1, 9, 4, dtype=torch.float64, requires_grad=True)
+    states = layers("column", width=3, is_causal=True)(layers("row", width=3, is_causal=True)(hidden))
+    (gradient,) = torch.autograd.grad(states[0, 4].sum(), hidden)
+    assert (gradient[0].abs().sum(-1) > 0).tolist() == [True, True, False, True, True, False, False, False, False]
+
+
+def test_pixels_that_are_no_whole_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="width must divide the 10 pixels into whole rows, got 3"):
+        shifted_axial(torch.randn(1, 10, 4), width=3, whole_rows=Tensor.clone, columns=Tensor.clone, rows=Tensor.clone)

@@ -165,7 +165,7 @@ def test_every_level_lies_over_the_whole_text(n: int) -> None:
 
 
 def test_fields_and_defaults() -> None:
-    checks.check_fields("bp_transformer", {"nodes_per_level": 4, "spans": "nodes"})
+    checks.check_fields("bp_transformer", {"nodes_per_level": 4, "spans": "nodes", "clip_distance": 0})
 
 
 def test_it_survives_json() -> None:

@@ -53,6 +53,23 @@ def test_layers_and_heads_have_windows_and_dilations_of_their_own(layer: int, is
         checks.check_mask(pattern, rule, n, heads=4, layer=layer, is_causal=is_causal)
 
 
+def test_upper_layers_dilate_some_heads() -> None:
+    # as the paper's character model: none below, two heads of each upper layer
+    pattern = hf_sparse.pattern("longformer", window=(2, 4), dilation=(1, (1, 1, 2, 3)))
+    assert pattern.varies_by_layer
+    lower, upper = (pattern.mask(20, heads=4, layer=layer) for layer in range(2))
+    assert all(torch.equal(head, rules.draw(rules.longformer(2, ()), 20)[0]) for head in lower)
+    assert torch.equal(upper, rules.draw(rules.longformer(4, (), dilation=(1, 1, 2, 3)), 20, heads=4))
+    checks.check_round_trip(pattern)
+    pattern.check(num_layers=2, num_heads=4)
+    with pytest.raises(ValueError, match="dilation has 2 entries, one a layer, but the model has 3"):
+        hf_sparse.pattern("longformer", dilation=(1, (1, 2))).check(num_layers=3, num_heads=2)
+    with pytest.raises(ValueError, match="dilation has 2 entries, one a head, but the model has 4"):
+        hf_sparse.pattern("longformer", dilation=(1, (1, 2))).check(num_layers=2, num_heads=4)
+    with pytest.raises(ValueError, match="dilation must be at least 1, got 0"):
+        hf_sparse.pattern("longformer", dilation=(1, (1, 0)))
+
+
 def test_an_inner_token_reads_its_window_and_itself() -> None:
     for dilation in (1, 2):
         assert hf_sparse.pattern("longformer", window=8, dilation=dilation).mask(40)[0, 20].sum() == 9
