@@ -1,5 +1,6 @@
 """Which tensors are carried, tiled, added and dropped, shard by shard."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -141,7 +142,12 @@ def _fresh(tensor: StoredTensor, target: Target, spelling: Spelling) -> Iterator
     beside = next(name for name in target.shapes if name.endswith(target.position_suffix))
     for name, shape in target.fresh.items():
         size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
-        yield Piece(spelling.spell(name, like=beside), tensor.dtype, shape, size, lambda size=size: iter([bytes(size)]))
+        zeros = functools.partial(_zeros, size)
+        yield Piece(spelling.spell(name, like=beside), tensor.dtype, shape, size, zeros)
+
+
+def _zeros(size: int) -> Iterator[bytes]:
+    yield bytes(size)
 
 
 def _lengthen(tensor: StoredTensor, checkpoint: Checkpoint, target: Target) -> Piece:

@@ -157,10 +157,11 @@ def _gather_backward(
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         held = g[batch, :, q_tokens], delta[batch, :, q_tokens], top[batch, :, q_tokens]
         labels = call.labels(label_scores, batch, q_tokens, exact)
-        places_ = (q_tokens, k_tokens, k_tokens, q_tokens)
-        sums = tuple(grad[batch, :, at] if grad.dim() == 4 else grad for grad, at in zip(grads, places_, strict=True))
-        run_backward(plan, kernel, inputs, drawn, labels, held, sums)  # type: ignore[arg-type]
-        for grad, at, found in zip(grads, places_, sums, strict=True):
+        stands = (q_tokens, k_tokens, k_tokens, q_tokens)
+        # of label scores there may be none
+        dq, dk, dv, dl = (t[batch, :, at] if t.dim() == 4 else t for t, at in zip(grads, stands, strict=True))
+        run_backward(plan, kernel, inputs, drawn, labels, held, (dq, dk, dv, dl))
+        for grad, at, found in zip(grads, stands, (dq, dk, dv, dl), strict=True):
             if grad.dim() == 4:
                 _put_back((grad,), batch, at, (found,))
     dq, dk, dv, dl = (grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))

@@ -122,15 +122,15 @@ class NamedPattern:
                 f"this model is sparse already, with the pattern of its config; attn_implementation="
                 f"'hf_sparse:{self.pattern.key}' is for dense models. Load it with 'hf_sparse', or with 'sdpa' to see it dense"
             )
-        if self.pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is not None:
-            raise ValueError(
-                f"pattern {self.pattern.key!r} owns weights on each layer, so no attention name can serve it; "
-                "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False)"
-            )
         if self.pattern.has_nodes and not self.pattern.pools_nodes:
             raise ValueError(
                 f"pattern {self.pattern.key!r} has nodes that live through all layers, so no attention name can serve it; "
                 "use hf_sparse.sparsify_(model, pattern)"
+            )
+        if self.pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is not None:
+            raise ValueError(
+                f"pattern {self.pattern.key!r} owns weights on each layer, so no attention name can serve it; "
+                "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False)"
             )
         if not self.has_warned and not torch.compiler.is_compiling():
             self.has_warned = True

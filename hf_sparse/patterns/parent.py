@@ -73,7 +73,7 @@ class Pattern:
         Raises:
             ValueError: if no number of tokens with its nodes gives that many.
         """
-        if not self.has_nodes:
+        if not self.has_nodes or not total:
             return total
         least, most = 1, total
         while least < most:
