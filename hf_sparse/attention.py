@@ -10,11 +10,11 @@ from hf_sparse.backends.dense import dense_attention, draw_edges, draw_labels, e
 from hf_sparse.backends.gather import gather_attention
 from hf_sparse.choice import choose_backend, cuda_backend
 from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
+from hf_sparse.node_means import with_pooled_nodes
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.longformer import GlobalProjections
-from hf_sparse.pooled_nodes import with_pooled_nodes
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
 
@@ -90,10 +90,12 @@ def sparse_attention(
     if key_padding_mask is not None and _is_all_real(key_padding_mask):
         key_padding_mask = None
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    tokens = query.shape[2]
+    tokens, dtype = query.shape[2], query.dtype
     if pattern.has_nodes:
         _check_nodes(pattern, query, key, document_ids, query_positions, state)
     if pattern.pools_nodes:
+        if bias is not None or softcap is not None:
+            raise ValueError(f"pattern {pattern.key!r} pools spans and does not serve bias or softcap")
         query, key, value = with_pooled_nodes(
             query, key, value, pattern, key_padding_mask=key_padding_mask, scale=scale
         )
@@ -152,7 +154,7 @@ def sparse_attention(
     if state is None:
         out, lse = run(query, key, value, "all")
         if pattern.pools_nodes:
-            out, lse = out[:, :, :tokens], lse[:, :, :tokens]
+            out, lse = out[:, :, :tokens].to(dtype), lse[:, :, :tokens]
         return (out, lse) if return_lse else out
     hidden_states = _checked_hidden_states(hidden_states, query, key, pattern)
     out, lse = run(query, key, value, "shared")

@@ -161,9 +161,9 @@ def _gather_backward(
         # of label scores there may be none
         dq, dk, dv, dl = (t[batch, :, at] if t.dim() == 4 else t for t, at in zip(grads, stands, strict=True))
         run_backward(plan, kernel, inputs, drawn, labels, held, (dq, dk, dv, dl))
-        for grad, at, found in zip(grads, stands, (dq, dk, dv, dl), strict=True):
+        for grad, at, part in zip(grads, stands, (dq, dk, dv, dl), strict=True):
             if grad.dim() == 4:
-                _put_back((grad,), batch, at, (found,))
+                _put_back((grad,), batch, at, (part,))
     dq, dk, dv, dl = (grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
     return dq, dk, dv, dl
 

@@ -15,6 +15,7 @@ from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.attention import documents_of, refuse_packed
 from hf_sparse.integration.entry import Entry
 from hf_sparse.integration.register import NAME
+from hf_sparse.node_means import node_places, span_means
 from hf_sparse.patterns import Pattern
 
 
@@ -57,28 +58,13 @@ class Nodes(nn.Module):
         Returns:
             float ``[B, nodes, hidden_size]``; a row with fewer tokens has its nodes first, and zeros behind them.
         """
-        batch, tokens, _ = embedded.shape
-        nodes = self.pattern.num_nodes(tokens)
-        if is_real is None:
-            starts, lengths = [0] * batch, [tokens] * batch
-        else:
-            starts, lengths = _stretches(is_real)
-        at = torch.zeros(batch, nodes, 2, dtype=torch.int64)
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            if length:
-                spans = self.pattern.node_spans(length) + start
-                at[row, : len(spans)] = spans
-        at = at.to(embedded.device)
-        held = embedded.double() if is_real is None else embedded.double() * is_real[..., None]
-        sums = nn.functional.pad(held.cumsum(1), (0, 0, 1, 0))
-        first, last = (at[..., end, None].expand(-1, -1, embedded.shape[2]) for end in range(2))
-        real = torch.ones(batch, tokens, device=embedded.device) if is_real is None else is_real.float()
-        counts = nn.functional.pad(real.cumsum(1), (1, 0))
-        count = (counts.gather(1, at[..., 1]) - counts.gather(1, at[..., 0])).clamp(min=1)
-        means = ((sums.gather(1, last) - sums.gather(1, first)) / count[..., None]).to(embedded.dtype)
-        vector = torch.arange(nodes, device=embedded.device) % len(self.weight)
-        is_node = (at[..., 1] > at[..., 0])[..., None]
-        return (means + self.weight[vector].to(embedded.dtype)) * is_node
+        real = embedded.new_ones(embedded.shape[:2], dtype=torch.bool) if is_real is None else is_real
+        places = node_places(real, self.pattern.json, True)
+        running = nn.functional.pad(real.long().cumsum(1), (1, 0))
+        counts = running.gather(1, places[..., 1]) - running.gather(1, places[..., 0])
+        means = span_means(embedded.masked_fill(~real[..., None], 0.0), places, counts)
+        vector = torch.arange(places.shape[1], device=embedded.device) % len(self.weight)
+        return (means + self.weight[vector].to(embedded.dtype)) * (places[..., 1:] > places[..., :1])
 
     def _keep_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         name = module.config._attn_implementation  # type: ignore[union-attr]
@@ -123,14 +109,6 @@ def _cut(value: Any, tokens: int, total: int) -> Any:
         return type(value)(_cut(one, tokens, total) for one in value)
     is_hidden = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == total
     return value[:, :tokens] if is_hidden else value
-
-
-def _stretches(is_real: Tensor) -> tuple[list[int], list[int]]:
-    """Return where the real tokens of each row begin, and over how many tokens they run."""
-    first = is_real.int().argmax(1)
-    last = is_real.shape[1] - is_real.flip(1).int().argmax(1)
-    length = (last - first) * is_real.any(1)
-    return first.tolist(), length.tolist()
 
 
 def add_nodes(model: nn.Module, entry: Entry) -> None:

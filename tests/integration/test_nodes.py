@@ -276,3 +276,17 @@ def test_a_dense_checkpoint_gets_labels_of_zeros(tmp_path: Path) -> None:
     states = [module for module in model.modules() if isinstance(module, RelativeLabels)]
     assert states
     assert not any(parameter.any() for state in states for parameter in state.parameters())
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("name", ["star", "etc", "bp_transformer", "pooled"])
+def test_a_compiled_model_is_one_graph(name: str, is_padded: bool) -> None:
+    pooled = hf_sparse.pattern("bp_transformer", nodes_per_level=2, spans="pooled")
+    model: Any = hf_sparse.sparsify_(tiny_model("Bert"), PATTERNS.get(name, pooled)).eval()
+    batch = tiny_batch(N)
+    if not is_padded:
+        del batch["attention_mask"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(said(compiled, **batch).last_hidden_state, said(model, **batch).last_hidden_state)
+    torch._dynamo.reset()

@@ -33,7 +33,7 @@ FLOORS = {
     "hf_sparse.backends": 3,
     "hf_sparse.choice": 4,
     "hf_sparse.global_rows": 4,
-    "hf_sparse.pooled_nodes": 4,
+    "hf_sparse.node_means": 4,
     "hf_sparse.attention": 4,
     "hf_sparse.integration": 5,
     # What the command lines of the floors above share.
