@@ -15,6 +15,8 @@ PATTERNS: list[dict[str, object]] = [
     {"key": "strided", "stride": 256},
     {"key": "longformer", "window": 256, "global_tokens": [0, 1, 9000], "dilation": [1, 2]},
     {"key": "bigbird", "block_size": 64},
+    {"key": "sparse_transformer", "stride": 128, "summary": 8},
+    {"key": "bp_transformer", "nodes_per_level": 4},
 ]
 OTHERS: list[dict[str, object]] = [
     # as many scores as dense attention has: only slices of them may be held
@@ -24,6 +26,15 @@ OTHERS: list[dict[str, object]] = [
     {"key": "global", "positions": [0, 5000, 16383]},
     {"key": "random", "block_size": 64, "num_random_blocks": 3},
     {"key": "bigbird", "block_size": 64, "random_plan": "full_length"},
+    {"key": "star", "radius": 3},
+    {"key": "etc", "num_global": 64, "max_relative_distance": 0},
+    {"key": "bigbird", "block_size": 64, "num_external_global": 64},
+    {"key": "sparse_transformer", "kind": "strided", "stride": 128},
+    {"key": "bp_transformer", "nodes_per_level": 4, "spans": "pooled"},
+    {"key": "image_1d", "num_prefix_tokens": 1},
+    {"key": "image_2d", "width": 128},
+    {"key": "axial", "width": 128, "axis": "row"},
+    {"key": "axial", "width": 128, "axis": "column"},
     {"key": "union", "patterns": [{"key": "band", "radius": 64}, {"key": "strided", "stride": 256}]},
 ]
 PROGRAM = """
@@ -43,9 +54,10 @@ def forget_peak():
             refs.write("5")
 
 def run(n, pattern, **settings):
-    leaves = [torch.randn(1, 2, n, 8, requires_grad=True) for _ in range(3)]
-    mask = torch.ones(1, n, dtype=torch.bool)
-    mask[:, -5:] = False
+    total = n if pattern.pools_nodes else n + pattern.num_nodes(n)
+    leaves = [torch.randn(1, 2, total, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(1, total, dtype=torch.bool)
+    mask[:, n - 5 : n] = False
     sparse_attention(*leaves, pattern, key_padding_mask=mask, backend="gather", **settings).square().sum().backward()
     assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
 
