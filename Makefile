@@ -2,13 +2,14 @@
 # make test      installs what the tests need, lints, checks types, runs the tests
 # make test-all  the same and the slow tests
 # make docs      installs what the pictures need and writes docs/patterns.md and docs/patterns/
+# make systems   installs what the demo needs, scores every text system on its task and writes that part of docs/patterns.md
 # make bench     installs what the benchmark needs and runs it; MODE=full for all of it, DEVICE=cuda on a GPU
 #
 # TORCH_INDEX=<address> takes torch, at the version of constraints.txt, from that package index first: the way to a CPU build on
 # machines where the pin alone would fetch the CUDA packages.
 
 .DELETE_ON_ERROR:
-.PHONY: demo docs bench test test-all lint
+.PHONY: demo docs systems bench test test-all lint
 
 TORCH_INDEX ?=
 TEST_EXTRAS := dev,demo,bench
@@ -31,6 +32,9 @@ bench: .venv/.installed-bench
 
 docs: .venv/.installed-plot
 	$(PYTHON) -m hf_sparse.gallery
+
+systems: .venv/.installed-demo
+	$(PYTHON) -m hf_sparse.demo.systems
 
 test: lint
 	$(PYTHON) -m pytest

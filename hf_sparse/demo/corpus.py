@@ -34,6 +34,11 @@ class Corpus:
         """Return the tokens of the longest document."""
         return max(map(len, self.documents))
 
+    @property
+    def positions(self) -> int:
+        """Return the positions that the longest document needs between two special tokens, a multiple of 64."""
+        return -(-(self.longest + 2) // 64) * 64
+
 
 def read_corpus(tokenizer: Any) -> Corpus:
     """Return the corpus under a tokenizer.

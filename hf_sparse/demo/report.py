@@ -78,7 +78,7 @@ def run(*, work_dir: Path | None = None, choose: bool = False, as_json: bool = F
     work_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = _checked_source()
+    source = checked_source()
     tokenizer = AutoTokenizer.from_pretrained(source)
     corpus = read_corpus(tokenizer)
     console.print(
@@ -86,10 +86,9 @@ def run(*, work_dir: Path | None = None, choose: bool = False, as_json: bool = F
         f"{len({i for i, _ in corpus.scored})} topics are scored, {len(corpus.chosen_on)} from "
         f"{len({i for i, _ in corpus.chosen_on})} others are for choosing settings"
     )
-    max_length = -(-(corpus.longest + 2) // 64) * 64
     folders = {p.key: work_dir / f"all-MiniLM-L6-v2-{p.key}" for p in (LONGFORMER, BIGBIRD)}
     for pattern in (LONGFORMER, BIGBIRD):
-        report = hf_sparse.convert(source, folders[pattern.key], pattern, max_length=max_length, overwrite=True)
+        report = hf_sparse.convert(source, folders[pattern.key], pattern, max_length=corpus.positions, overwrite=True)
         console.print(report.table())
     if choose:
         result = _choose(console, work_dir, folders["longformer"], corpus)
@@ -107,7 +106,7 @@ def run(*, work_dir: Path | None = None, choose: bool = False, as_json: bool = F
     return result
 
 
-def _checked_source() -> Path:
+def checked_source() -> Path:
     """Return the folder of the checkpoint inside its package.
 
     Raises:
@@ -132,16 +131,13 @@ def _compare(
 ) -> dict[str, Any]:
     window, block = LONGFORMER.window, BIGBIRD.block_size  # type: ignore[attr-defined]
     rows = (
-        Row("dense, truncated at 512", source, "truncated"),
-        Row("dense, 512-token chunks", source, "chunks"),
-        # the same weights and positions under dense attention
-        Row("dense, full length", folders["longformer"], "whole", attention="sdpa"),
+        *dense_rows(source, folders["longformer"]),
         Row(f"longformer {window} + CLS", folders["longformer"], "whole"),
         Row(f"bigbird {block}", folders["bigbird"], "whole"),
     )
     answers = [index for index, _ in corpus.scored]
     table = Table("", "recall@1", "MRR", "seconds", "MiB", "longformer's gain [95 %]")
-    measured = [_measure(console, work_dir, row, "scored", len(corpus.names)) for row in rows]
+    measured = [measure(console, work_dir, row, "scored", len(corpus.names)) for row in rows]
     rank = [ranks(m["documents"], m["queries"], answers) for m in measured]
     ours = rank[3]
     result: dict[str, Any] = {"rows": [], "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -170,6 +166,20 @@ def _compare(
     return result
 
 
+def dense_rows(source: Path, converted: Path) -> tuple[Row, Row, Row]:
+    """Return the rows of the dense model.
+
+    Args:
+        source: folder of the checkpoint as it is.
+        converted: folder of a converted one, for its positions: read at full length, its weights are dense again.
+    """
+    return (
+        Row("dense, truncated at 512", source, "truncated"),
+        Row("dense, 512-token chunks", source, "chunks"),
+        Row("dense, full length", converted, "whole", attention="sdpa"),
+    )
+
+
 def _verdict(interval: Any) -> str:
     if not interval.excludes_zero:
         return "no difference shown"
@@ -183,7 +193,7 @@ def _choose(console: Console, work_dir: Path, folder: Path, corpus: Corpus) -> d
     for pattern in CANDIDATES:
         name = ", ".join(f"{k}={v}" for k, v in pattern.to_dict().items() if k in ("key", "window", "block_size"))
         row = Row(name, folder, "whole", pattern=pattern)
-        held = _measure(console, work_dir, row, "chosen_on", len(corpus.names))
+        held = measure(console, work_dir, row, "chosen_on", len(corpus.names))
         rank = ranks(held["documents"], held["queries"], answers)
         scores = recall_at_1(rank), mean_reciprocal_rank(rank)
         result["candidates"].append({"pattern": pattern.to_dict(), "recall_at_1": scores[0], "mrr": scores[1]})
@@ -192,7 +202,7 @@ def _choose(console: Console, work_dir: Path, folder: Path, corpus: Corpus) -> d
     return result
 
 
-def _measure(console: Console, work_dir: Path, row: Row, split: str, documents: int) -> dict[str, Any]:
+def measure(console: Console, work_dir: Path, row: Row, split: str, documents: int) -> dict[str, Any]:
     """Run one row in a process of its own, so that its peak memory is its own."""
     job, out, log = (work_dir / name for name in ("job.json", "result.pt", "row.log"))
     description = {
