@@ -45,7 +45,11 @@ class Sheet:
 
     def keys(self, tensor: Tensor, _name: str) -> Tensor:
         """Return the tile's keys of ``[B, G, S, ...]`` as ``[X, S, ...]``, a key head for each query head."""
-        return tensor[self.rows][:, :, self.work.k][:, self._key_heads(tensor)].flatten(0, 1)
+        heads = self._key_heads(tensor)
+        if isinstance(heads, slice):
+            # heads first: keys named by index are copied
+            return tensor[self.rows, heads][:, :, self.work.k].flatten(0, 1)
+        return tensor[self.rows][:, :, self.work.k][:, heads].flatten(0, 1)
 
     def of_queries(self, _piece: Work, held: Tensor) -> Tensor:
         """Return a piece's part of what ``queries`` gave: all of it."""
@@ -97,14 +101,19 @@ class Sheet:
     def add_rows(self, _piece: Work, total: Tensor, rows: Tensor, factor: float) -> None:
         """Add a factor times rows ``[X, T, ...]`` to the queries of a piece."""
         held = total[self.rows, self.heads]
-        at = held[:, :, self.work.q]
-        at.add_(rows.view(at.shape), alpha=factor)
+        rows = rows.unflatten(0, held.shape[:2])
         if isinstance(self.work.q, Tensor):
-            held[:, :, self.work.q] = at
+            held.index_add_(2, self.work.q.to(held.device), rows, alpha=factor)
+        else:
+            held[:, :, self.work.q].add_(rows, alpha=factor)
 
     def add_to_keys(self, _piece: Work, total: Tensor, weights: Tensor, queries: Tensor, factor: float) -> None:
         """Add a factor times the product of weights ``[X, T, S]``, transposed, and queries to the keys of a piece."""
         held, heads, weights = total[self.rows], self._key_heads(total), weights.transpose(1, 2)
+        if isinstance(heads, slice) and isinstance(self.work.k, Tensor):
+            product = _product(weights, queries, self.scratch).unflatten(0, (len(held), -1))
+            held[:, heads].index_add_(2, self.work.k.to(held.device), product, alpha=factor)
+            return
         at = held[:, :, self.work.k]
         if isinstance(heads, slice) and len(at) == 1 and weights.shape[0] * weights.shape[1] > MOST_COPIED:
             # head by head, without a copy of a long row of keys
