@@ -282,6 +282,20 @@ def test_flex_refuses_nodes_by_name() -> None:
         attention(CASES[0].pattern, backend="flex")(*tensors)
 
 
+@pytest.mark.parametrize("name", ["bp_transformer", "etc_segments_hard_global_to_long_hard_long_to_global", "star"])
+def test_nodes_beside_random_blocks_that_differ_by_head_equal_the_dense_backend(name: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    made = _make("random", block_size=4, num_random_blocks=2) | case.pattern
+    n = 65
+    drawn = made.mask(n, heads=HEADS)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert made.density(n, heads=HEADS) == pytest.approx(drawn.sum().item() / (HEADS * n * n))
+    tensors = random_tensors(tokens=total(case, n), width=WIDTH)
+    results, wanted = (with_gradients(attention(made, backend=backend), tensors) for backend in ("gather", "dense"))
+    for actual, oracle in zip(results, wanted, strict=True):
+        assert_same_maths(actual, oracle, terms=n + WIDTH)
+
+
 def test_unions_have_the_nodes_of_one_member() -> None:
     made = _make("star") | _make("strided", stride=5)
     n = 20
