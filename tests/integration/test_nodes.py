@@ -160,6 +160,21 @@ def test_checkpointing_gives_equal_gradients(pattern: Pattern, use_reentrant: bo
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+def test_nodes_are_means_of_real_tokens_alone() -> None:
+    nodes = sparse("Bert", "Model", hf_sparse.pattern("etc", num_global=2)).sparse_nodes
+    nn.init.zeros_(nodes.weight)
+    embedded = torch.randn(3, 8, 32)
+    # a hole; padding on the left; nothing but padding
+    is_real = torch.tensor([[True, True, False, True, True, True, True, True], [False] * 4 + [True] * 4, [False] * 8])
+    with torch.no_grad():
+        found = nodes(embedded, is_real)
+    wanted = torch.stack(
+        [embedded[0, [0, 1, 3]].mean(0), embedded[0, 4:].mean(0), embedded[1, 4:6].mean(0), embedded[1, 6:].mean(0)]
+    )
+    assert torch.allclose(found[:2].flatten(0, 1), wanted, atol=1e-6)
+    assert not found[2].any()
+
+
 def test_a_copy_has_nodes_of_its_own() -> None:
     model, batch = sparse("Bert"), tiny_batch(N)
     before = said(model, **batch).last_hidden_state

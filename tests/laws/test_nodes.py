@@ -217,6 +217,22 @@ def test_labels_of_etc_equal_the_loop_oracle(n: int, segments: int | None, is_pa
         assert_same_maths(actual, oracle, terms=total + WIDTH)
 
 
+@pytest.mark.parametrize("key", ["etc", "bp_transformer"])
+def test_labels_of_runs_of_blocks_equal_the_dense_backend(key: str) -> None:
+    own = {"radius": 5, "num_global": 3} if key == "etc" else {"nodes_per_level": 2, "clip_distance": 2}
+    n, pattern = 400, _make(key, **own)
+    state: Any = pattern.make_state(hidden_size=8, num_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH)
+    torch.manual_seed(1)
+    for parameter in state.double().parameters():
+        torch.nn.init.normal_(parameter)
+    tensors = random_tensors(tokens=n + pattern.num_nodes(n), width=WIDTH)
+    results, wanted = (
+        with_gradients(attention(pattern, backend=backend, state=state), tensors) for backend in ("gather", "dense")
+    )
+    for actual, oracle in zip(results, wanted, strict=True):
+        assert_same_maths(actual, oracle, terms=n + WIDTH)
+
+
 class _Functional(RelativeLabels):
     """A state that reads given tensors in the place of its parameters, so that gradients by them can be asked for."""
 
