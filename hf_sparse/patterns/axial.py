@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from hf_sparse.parts import BlockWindow, Part, Scope, Window
 from hf_sparse.patterns.image_1d import fitted, prefix_tokens
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count
+
+if TYPE_CHECKING:
+    from hf_sparse.patterns.image_2d import Image2D
 
 _AXES = ("row", "column", "alternate")
 
@@ -60,12 +63,7 @@ class Axial(Pattern):
             grid_width(self.height, self.width, length - self.num_prefix_tokens)
 
     def on_grid(self, prefix: int, height: int, width: int) -> "Axial":
-        return dataclasses.replace(
-            self,
-            height=fitted(self.height, height, "height"),
-            width=fitted(self.width, width, "width"),
-            num_prefix_tokens=fitted(self.num_prefix_tokens or None, prefix, "num_prefix_tokens"),
-        )
+        return dataclasses.replace(self, **fitted_grid(self, prefix, height, width))
 
     def wide_open(self, length: int) -> "Axial":
         return Axial(None, length, "row", self.num_prefix_tokens)
@@ -103,6 +101,15 @@ def shifted_axial(
     above = nn.functional.pad(columns(whole_rows(hidden)), (0, 0, width, -width))
     left = nn.functional.pad(hidden.unflatten(1, (-1, width)), (0, 0, 1, -1)).flatten(1, 2)
     return rows(left + above)
+
+
+def fitted_grid(pattern: "Axial | Image2D", prefix: int, height: int, width: int) -> dict[str, Any]:
+    """Return the fields of a grid that a pattern leaves open or gives rightly; arguments and errors as for ``on_grid``."""
+    return {
+        "height": fitted(pattern.height, height, "height"),
+        "width": fitted(pattern.width, width, "width"),
+        "num_prefix_tokens": fitted(pattern.num_prefix_tokens or None, prefix, "num_prefix_tokens"),
+    }
 
 
 def check_grid(height: int | None, width: int | None) -> None:

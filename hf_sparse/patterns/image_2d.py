@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse.parts import Part, Patches, Scope
-from hf_sparse.patterns.axial import check_grid, grid_width
-from hf_sparse.patterns.image_1d import fitted, prefix_tokens
+from hf_sparse.patterns.axial import check_grid, fitted_grid, grid_width
+from hf_sparse.patterns.image_1d import prefix_tokens
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count
 
 _ORDERS = ("raster", "block")
@@ -80,12 +80,7 @@ class Image2D(Pattern):
             self.parts(Scope(length, num_heads))
 
     def on_grid(self, prefix: int, height: int, width: int) -> "Image2D":
-        return dataclasses.replace(
-            self,
-            height=fitted(self.height, height, "height"),
-            width=fitted(self.width, width, "width"),
-            num_prefix_tokens=fitted(self.num_prefix_tokens or None, prefix, "num_prefix_tokens"),
-        )
+        return dataclasses.replace(self, **fitted_grid(self, prefix, height, width))
 
     def wide_open(self, length: int) -> "Image2D":
         return Image2D(None, length, (1, length), self.flange, self.num_prefix_tokens, "raster")
