@@ -119,7 +119,8 @@ def cells_at(n: int, device: str, mode: str) -> Iterator[Cell]:
     tensors = {total: tensors_at(total, device) for total in {n, *(positions_of(p, n) for p in patterns.values())}}
     leaves, grad = tensors[n]
     for what in (FORWARD, BOTH):
-        for dropout in (0.0, DROPOUT):
+        # dropout is for training: a quick run leaves it out of the forward alone
+        for dropout in (0.0, DROPOUT) if (mode, what) != ("quick", FORWARD) else (0.0,):
             facts: dict[str, Any] = {"section": "attention", "n": n, "dropout": dropout}
             if n <= (dropped if dropout else {FORWARD: forward, BOTH: both}[what]):
                 dense: Any = functools.partial(scaled_dot_product_attention, dropout_p=dropout)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -234,14 +235,17 @@ def _plot(result: dict[str, Any], path: Path) -> str | None:
     import matplotlib
 
     matplotlib.use("agg")
+    from cycler import cycler
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for name in dict.fromkeys(row["name"] for row in rows):
+    figure, axes = pyplot.subplots(figsize=(11, 6), layout="constrained")
+    dense: dict[str, Any] = {"color": "black", "linewidth": 2.5, "linestyle": "-"}
+    # ten colours, each as a line of every style before the next
+    styles = cycler(color=[f"C{i}" for i in range(10)]) * cycler(linestyle=("-", "--"), linewidth=(1.5, 1.5))
+    for name, style in zip(dict.fromkeys(row["name"] for row in rows), cycle(styles), strict=False):
         points = sorted((row["n"], row["seconds"]) for row in rows if row["name"] == name)
-        style = {"color": "black", "linewidth": 2.5} if name == DENSE else {"linewidth": 1.5}
-        axes.plot([n for n, _ in points], [t for _, t in points], marker="o", markersize=4, label=name, **style)
+        axes.plot([n for n, _ in points], [t for _, t in points], marker="o", markersize=4, label=name, **(dense if name == DENSE else style))
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds, forward+backward")
     lengths = sorted({row["n"] for row in rows})
     axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([n for n in lengths if n & (n - 1) == 0]))
@@ -249,7 +253,7 @@ def _plot(result: dict[str, Any], path: Path) -> str | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     axes.tick_params(axis="x", rotation=45)
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     axes.set_title(f"1 x 12 heads x 64, {result['machine']['device']}, {result['machine']['threads']} threads")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

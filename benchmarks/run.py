@@ -20,13 +20,13 @@ from hf_sparse.benchmarks.report import tables, write_readme
 from hf_sparse.benchmarks.timing import Cell, time_cells
 
 LENGTHS = {
-    ("cpu", "quick"): (512, 1024, 4096),
+    ("cpu", "quick"): (1024, 4096),
     ("cpu", "full"): (256, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
     ("cuda", "quick"): (1024, 4096, 16384),
     ("cuda", "full"): (512, 1024, 4096, 16384, 65536, 131072, 262144, 1048576),
 }
-# from here on a single run takes seconds
-LONG = 16384
+# from here on a single run takes long enough to be warm by itself
+LONG = {"quick": 4096, "full": 16384}
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     is_quick = mode == "quick"
-    held: dict[str, Any] = {"lengths": LENGTHS[device, mode], "model_length": 1536 if is_quick else 4096}
+    held: dict[str, Any] = {"lengths": LENGTHS[device, mode], "model_length": 1024 if is_quick else 4096}
     held |= {"seconds": 0.0 if is_quick else 20.0, **(settings or {})}
     sections = tuple(only) or ("attention", "models", "memory")
     console = Console(stderr=as_json)
@@ -88,7 +88,7 @@ def run(
                 result["rows"] += _timed(list(cells), held, mode, device, stage, tell)
             progress.advance(task)
         if "memory" in sections:
-            for name, n in _memory_rows(held["lengths"], mode):
+            for name, n in memory_rows(held["lengths"], mode):
                 tell("memory", f"{name}, {n} tokens")
                 peak = {"name": name, "n": n, "peak": peak_memory(name, n, device)}
                 total = positions_of(patterns_at(n).get(name), n)
@@ -117,7 +117,7 @@ def _timed(
 ) -> list[dict[str, Any]]:
     is_attention = cells[0].facts["section"] == "attention"
     # what runs for seconds is warm enough, but for the plans that a first forward makes
-    is_long = cells[0].facts["n"] >= LONG or not (is_attention or mode == "full")
+    is_long = cells[0].facts["n"] >= LONG[mode] or not (is_attention or mode == "full")
 
     def is_warm(cell: Cell) -> bool:
         return is_long and (cell.name == DENSE or cell.what == BOTH or bool(cell.facts.get("dropout")))
@@ -133,9 +133,10 @@ def _timed(
     )
 
 
-def _memory_rows(lengths: Sequence[int], mode: str) -> list[tuple[str, int]]:
+def memory_rows(lengths: Sequence[int], mode: str) -> list[tuple[str, int]]:
     """Return what memory is measured of: the two longest lengths (quick: one), and dense attention where it is timed."""
-    names, is_quick = list(patterns_at(1)), mode == "quick"
+    is_quick = mode == "quick"
     longest = sorted(lengths)[-1:] if is_quick else sorted(lengths)[-2:]
+    names = list(patterns_at(longest[-1]))
     rows = [(name, n) for n in longest for name in (names[:2] if is_quick else names)]
-    return [(DENSE, max(n for n in lengths if n <= LONG)), *rows]
+    return [(DENSE, max(n for n in lengths if n <= LONG["full"])), *rows]

@@ -10,7 +10,7 @@ import torch
 import hf_sparse
 from hf_sparse.benchmarks import attention, memory, report, timing
 from hf_sparse.benchmarks.models import FREE_ROBERTA, OURS_BIGBIRD, OURS_LONGFORMER, Models
-from hf_sparse.benchmarks.run import run
+from hf_sparse.benchmarks.run import LENGTHS, memory_rows, run
 
 TINY = {"lengths": (64, 128), "seconds": 0.0}
 SMALL_PATTERNS = {
@@ -55,9 +55,18 @@ def test_every_row_is_timed_forward_and_back_with_dropout_and_without(result: tu
     timed = {(row["name"], row["n"], row["what"], row["dropout"]) for row in rows}
     for name in ("dense SDPA", *SMALL_PATTERNS):
         for n in (64, 128):
-            for what in ("forward", "forward+backward"):
-                assert {(name, n, what, 0.0), (name, n, what, 0.1)} <= timed
+            both = "forward+backward"
+            assert {(name, n, "forward", 0.0), (name, n, both, 0.0), (name, n, both, 0.1)} <= timed
     assert all(row["seconds"] > 0 and row["rounds"] >= 3 for row in rows)
+
+
+def test_a_full_run_has_dropout_in_the_forward_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "patterns_at", lambda n: SMALL_PATTERNS)
+    cells = [cell for cell in attention.cells_at(64, "cpu", "full") if cell.name in SMALL_PATTERNS]
+    timed = {(cell.name, cell.what, cell.facts["dropout"]) for cell in cells}
+    assert timed == {
+        (name, what, p) for name in SMALL_PATTERNS for what in ("forward", "forward+backward") for p in (0.0, 0.1)
+    }
 
 
 def test_the_density_counts_each_edge_once(result: tuple[dict[str, Any], Path]) -> None:
@@ -133,6 +142,18 @@ def test_the_fullest_run_is_the_one_shown(result: tuple[dict[str, Any], Path], t
             line for line in text.splitlines() if f"`{command}`" in line
         ]
         assert f"`{command}`" in text
+
+
+@pytest.mark.parametrize(("device", "mode"), LENGTHS)
+def test_every_row_can_be_built_at_every_length(device: str, mode: str) -> None:
+    lengths = LENGTHS[device, mode]
+    names = list(attention.patterns_at(lengths[0]))
+    for n in lengths:
+        patterns = attention.patterns_at(n)
+        assert list(patterns) == names
+        assert all(attention.positions_of(pattern, n) >= n for pattern in patterns.values())
+    measured = {name for name, _ in memory_rows(lengths, mode)}
+    assert measured == {"dense SDPA", *(names if mode == "full" else names[:2])}
 
 
 @pytest.mark.several_processes
