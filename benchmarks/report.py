@@ -28,7 +28,8 @@ SLOPE_FROM, SLOPE_TO = 4096, 65536
 INTRODUCTION = """\
 # Benchmarks
 
-Every pattern beside dense attention and its peers, timed in turns within one run; medians. Made by
+Every pattern beside dense attention and its peers, timed in turns within one run; medians, of two runs from
+32,768 tokens on. Made by
 
 ```bash
 make bench                # quick, under two minutes on two cores
@@ -245,7 +246,14 @@ def _plot(result: dict[str, Any], path: Path) -> str | None:
     styles = cycler(color=[f"C{i}" for i in range(10)]) * cycler(linestyle=("-", "--"), linewidth=(1.5, 1.5))
     for name, style in zip(dict.fromkeys(row["name"] for row in rows), cycle(styles), strict=False):
         points = sorted((row["n"], row["seconds"]) for row in rows if row["name"] == name)
-        axes.plot([n for n, _ in points], [t for _, t in points], marker="o", markersize=4, label=name, **(dense if name == DENSE else style))
+        axes.plot(
+            [n for n, _ in points],
+            [t for _, t in points],
+            marker="o",
+            markersize=4,
+            label=name,
+            **(dense if name == DENSE else style),
+        )
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds, forward+backward")
     lengths = sorted({row["n"] for row in rows})
     axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([n for n in lengths if n & (n - 1) == 0]))

@@ -27,6 +27,8 @@ LENGTHS = {
 }
 # from here on a single run takes long enough to be warm by itself
 LONG = {"quick": 4096, "full": 16384}
+# from here on each cell runs twice, or a full run would take more than half an hour
+LONGEST = 32768
 
 
 def run(
@@ -122,10 +124,11 @@ def _timed(
     def is_warm(cell: Cell) -> bool:
         return is_long and (cell.name == DENSE or cell.what == BOTH or bool(cell.facts.get("dropout")))
 
+    fewest = 2 if cells[0].facts["n"] >= LONGEST else 3
     return time_cells(
         cells,
-        least=3,
-        most=3 if is_long else 21,
+        least=fewest,
+        most=fewest if is_long else 21,
         seconds=held["seconds"],
         device=device,
         is_warm=is_warm,
@@ -138,5 +141,6 @@ def memory_rows(lengths: Sequence[int], mode: str) -> list[tuple[str, int]]:
     is_quick = mode == "quick"
     longest = sorted(lengths)[-1:] if is_quick else sorted(lengths)[-2:]
     names = list(patterns_at(longest[-1]))
-    rows = [(name, n) for n in longest for name in (names[:2] if is_quick else names)]
+    # the longest for all, and half of that for two
+    rows = [(name, n) for n in longest for name in (names if n == longest[-1] and not is_quick else names[:2])]
     return [(DENSE, max(n for n in lengths if n <= LONG["full"])), *rows]

@@ -8,7 +8,9 @@ from hf_sparse.attention import sparse_attention
 from hf_sparse.choice import explain
 from hf_sparse.errors import ConversionError, HfSparseError, UnsupportedModelError
 from hf_sparse.integration.auto import register_configs
+from hf_sparse.integration.nodes import keep_nodes
 from hf_sparse.integration.register import register_attention
+from hf_sparse.integration.sentences import sentence_ids
 from hf_sparse.integration.sparsify import sparse_config, sparsify_
 from hf_sparse.patterns import PATTERNS, Pattern, by_head, pattern, pattern_from_dict
 
@@ -101,8 +103,10 @@ __all__ = [
     "by_head",
     "convert",
     "explain",
+    "keep_nodes",
     "pattern",
     "pattern_from_dict",
+    "sentence_ids",
     "sparse_attention",
     "sparse_config",
     "sparsify_",

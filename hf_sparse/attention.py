@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.backends.dense import dense_attention, draw_edges, draw_labels, every_pair_attention
+from hf_sparse.backends.dropout import draw_words
 from hf_sparse.backends.gather import gather_attention
 from hf_sparse.choice import choose_backend, cuda_backend
 from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
@@ -33,6 +34,7 @@ def sparse_attention(
     state: nn.Module | None = None,
     hidden_states: Tensor | None = None,
     document_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     bias: Tensor | None = None,
@@ -66,6 +68,8 @@ def sparse_attention(
         hidden_states: float ``[B, S, hidden_size]``, what the attention layer was given; needed with ``state``.
         document_ids: int ``[B, S]``; tokens of equal id are one packed document and read nothing of the others; below 0
             is padding.
+        segment_ids: int ``[B, S]``, for patterns whose nodes stand for segments given with the call (``segments="given"``):
+            neighbours of equal id are a segment and have a node, below 0 is none; a row uses its first nodes, in order.
         query_positions: int64 ``[B, T]``, logical; needed where queries are not the last ``T`` of the keys.
         key_positions: int64 ``[B, S]``, logical, where the keys are a kept subset.
         bias: float, broadcastable to ``[B, H, T, S]``, added to the scores. Backend "dense" alone serves it.
@@ -86,7 +90,7 @@ def sparse_attention(
         TypeError: if a dtype is wrong or ``pattern`` is no pattern.
     """
     num_heads = _checked_heads(query, key, value, pattern, dropout, layer, head_offset, num_heads)
-    _check_masks(key, pattern, key_padding_mask, global_mask, document_ids)
+    _check_masks(key, pattern, key_padding_mask, global_mask, document_ids, segment_ids)
     if key_padding_mask is not None and _is_all_real(key_padding_mask):
         key_padding_mask = None
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
@@ -136,19 +140,19 @@ def sparse_attention(
     def run(q: Tensor, k: Tensor, v: Tensor, rows: str) -> tuple[Tensor, Tensor]:
         seed = _seed(dropout)
         if choice.backend == "dense":
-            drawn = draw_edges(q, k, *masks, **settings, rows=rows)
+            drawn = draw_edges(q, k, *masks, **settings, rows=rows, segment_ids=segment_ids)
             added = {**only_dense}
             if label_scores is not None:
-                names = draw_labels(k, key_padding_mask, document_ids, pattern.json, layer, is_causal)
+                names = draw_labels(k, key_padding_mask, document_ids, segment_ids, pattern.json, layer, is_causal)
                 term = label_scores.gather(3, names[:, None].expand(-1, q.shape[1], -1, -1))
                 added["bias"] = term if bias is None else bias + term
-            return dense_attention(q, k, v, drawn, seed, scale=scale, dropout=dropout, **added)
+            words = None if seed is None else draw_words(seed, *q.shape[:3], k.shape[2], q.device)
+            return dense_attention(q, k, v, drawn, words, scale=scale, dropout=dropout, **added)
         given = {**settings, "scale": scale, "dropout": dropout, "rows": rows}
         if choice.backend == "gather":
             may_be_whole = backend == "auto" and label_scores is None
-            return gather_attention(
-                q, k, v, *masks, seed, **given, may_be_whole=may_be_whole, label_scores=label_scores
-            )
+            added = {"label_scores": label_scores, "segment_ids": segment_ids}
+            return gather_attention(q, k, v, *masks, seed, **given, may_be_whole=may_be_whole, **added)
         return cuda_backend(choice.backend)(q, k, v, *masks, seed, **given)
 
     if state is None:
@@ -182,7 +186,8 @@ def _check_nodes(
 ) -> None:
     """Refuse what a pattern with nodes behind the tokens cannot serve."""
     refused = {
-        "document_ids: the documents of a row would share its nodes": document_ids is not None,
+        "document_ids: the documents of a row would share its nodes": document_ids is not None
+        and not pattern.takes_segments,
         "cached decoding": query_positions is not None or query.shape[2] != key.shape[2],
         "global projections; set global_projections=False": isinstance(state, GlobalProjections),
     }
@@ -245,14 +250,35 @@ def _check_masks(
     key_padding_mask: Tensor | None,
     global_mask: Tensor | None,
     document_ids: Tensor | None,
+    segment_ids: Tensor | None,
 ) -> None:
     batch, tokens = key.shape[0], key.shape[2]
     for name, mask in (("key_padding_mask", key_padding_mask), ("global_mask", global_mask)):
         if mask is not None:
             check_token_mask(mask, name, batch=batch, tokens=tokens)
-    if document_ids is not None:
-        check_token_mask(document_ids, "document_ids", batch=batch, tokens=tokens, is_boolean=False)
+    for name, ids in (("document_ids", document_ids), ("segment_ids", segment_ids)):
+        if ids is not None:
+            check_token_mask(ids, name, batch=batch, tokens=tokens, is_boolean=False)
+    check_segments_are_known(pattern, segment_ids)
     check_global_mask_means_something(pattern, global_mask)
+
+
+def check_segments_are_known(pattern: Pattern, segment_ids: Tensor | None) -> None:
+    """Refuse segment ids where they mean nothing, and their absence where they are needed.
+
+    Raises:
+        ValueError: in both cases.
+    """
+    if pattern.takes_segments and segment_ids is None:
+        raise ValueError(
+            f"pattern {pattern.key!r} with segments='given' needs segment_ids [batch, tokens] with each call; for sentences, "
+            "hf_sparse.sentence_ids(input_ids, tokenizer) makes them"
+        )
+    if segment_ids is not None and not pattern.takes_segments:
+        raise ValueError(
+            f"segment_ids were given, but the nodes of pattern {pattern.key!r} stand for no segments given with the call; "
+            "hf_sparse.pattern('etc', segments='given') has such nodes"
+        )
 
 
 def check_global_mask_means_something(pattern: Pattern, global_mask: Tensor | None) -> None:

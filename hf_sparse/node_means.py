@@ -8,11 +8,19 @@ from hf_sparse.segments import find_segments
 
 
 @torch.library.custom_op("hf_sparse::node_places", mutates_args=())
-def node_places(is_real: Tensor, pattern: str, has_holes: bool) -> Tensor:
+def node_places(
+    is_real: Tensor,
+    document_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    pattern: str,
+    has_holes: bool,
+) -> Tensor:
     """Say which tokens each node of a batch is the mean of.
 
     Args:
         is_real: bool ``[B, T]``, True = a real token.
+        document_ids: int ``[B, T]``, as for ``sparse_attention``.
+        segment_ids: int ``[B, T]``, for patterns that take them.
         pattern: JSON of a pattern with nodes.
         has_holes: whether there may be padding between real tokens.
 
@@ -25,16 +33,26 @@ def node_places(is_real: Tensor, pattern: str, has_holes: bool) -> Tensor:
     rule = pattern_from_json(pattern)
     batch, tokens = is_real.shape
     places = torch.zeros(batch, rule.num_nodes(tokens), 2, dtype=torch.int64)
-    for segment in find_segments(batch, tokens, key_padding_mask=is_real):
+    for segment in find_segments(
+        batch,
+        tokens,
+        key_padding_mask=is_real,
+        document_ids=document_ids,
+        segment_ids=segment_ids,
+        most_nodes=rule.num_nodes(tokens),
+    ):
         if segment.invalid and not has_holes:
             raise ValueError(f"pattern {rule.key!r} does not serve padding between real tokens")
-        spans = rule.node_spans(segment.stop - segment.start)
-        places[segment.row, : len(spans)] = spans + segment.start
+        if segment.spans is None:
+            spans = rule.node_spans(segment.length)
+        else:
+            spans = torch.tensor(segment.spans, dtype=torch.int64).view(-1, 2)
+        places[segment.row, segment.first_node :][: len(spans)] = spans + segment.start
     return places.to(is_real.device)
 
 
 @node_places.register_fake
-def _(is_real, pattern, _has_holes):  # type: ignore[no-untyped-def]
+def _(is_real, _document_ids, _segment_ids, pattern, _has_holes):  # type: ignore[no-untyped-def]
     nodes = pattern_from_json(pattern).num_nodes(is_real.shape[1])
     return is_real.new_empty(is_real.shape[0], nodes, 2, dtype=torch.int64)
 
@@ -84,7 +102,7 @@ def with_pooled_nodes(
     batch, groups, tokens, width = key.shape
     if key_padding_mask is None:
         key_padding_mask = torch.ones(batch, tokens, dtype=torch.bool, device=key.device)
-    places = node_places(key_padding_mask, pattern.json, False)
+    places = node_places(key_padding_mask, None, None, pattern.json, False)
     counts = places[..., 1] - places[..., 0]
     held = torch.cat([key, value], 3).transpose(1, 2).flatten(2)
     held = held.masked_fill(~key_padding_mask[..., None], 0.0)

@@ -26,6 +26,7 @@ class Scope:
         head_offset: index of the first head held here (above 0 on tensor or sequence parallel ranks).
         num_heads: heads of the whole layer; None means none beyond those held here.
         nodes: nodes behind the tokens, which are no tokens.
+        spans: first and behind the last token of each node, where the call says so.
     """
 
     length: int
@@ -35,6 +36,7 @@ class Scope:
     head_offset: int = 0
     num_heads: int | None = None
     nodes: int = 0
+    spans: tuple[tuple[int, int], ...] | None = None
 
     @property
     def total(self) -> int:

@@ -1,11 +1,12 @@
 """The ``dense`` backend: a mask of N x N and one softmax. The reference that ships; for short sequences."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from hf_sparse.backends.dropout import draw_words, mix, threshold
+from hf_sparse.backends.dropout import mix, threshold
 from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope, edge_mask, with_global_positions
 from hf_sparse.patterns import Pattern, pattern_from_json
@@ -27,6 +28,7 @@ def draw_edges(
     head_offset: int,
     num_heads: int,
     rows: str,
+    segment_ids: Tensor | None = None,
 ) -> Tensor:
     """Draw the edges of a batch; arguments as for ``hf_sparse::gather``.
 
@@ -38,10 +40,9 @@ def draw_edges(
     rule = pattern_from_json(pattern)
     mask = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
 
-    def draw(length: int, held: tuple[int, ...] | None, q: Tensor, k: Tensor) -> Tensor:
-        scope = Scope(length, heads, layer, is_causal, head_offset, num_heads, rule.num_nodes(length))
+    def draw(scope: Scope, held: tuple[int, ...] | None, q: Tensor, k: Tensor) -> Tensor:
         parts = with_global_positions(rule.parts(scope), held)
-        nodes_at = length if scope.nodes else None
+        nodes_at = scope.length if scope.nodes else None
         return edge_mask(parts, q[:, None], k[None, :], heads=heads, is_causal=is_causal, rows=rows, tokens=nodes_at)
 
     if query_positions is not None and key_positions is not None:
@@ -49,11 +50,16 @@ def draw_edges(
             q, k = query_positions[row].cpu(), key_positions[row].cpu()
             held = None if global_mask is None else tuple(k[global_mask[row].cpu()].tolist())
             real = torch.ones(keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[row].cpu()
-            mask[row] = draw(logical_length(k, real, reads_padding=rule.reads_padding), held, q, k) & real
+            length = logical_length(k, real, reads_padding=rule.reads_padding)
+            scope = Scope(length, heads, layer, is_causal, head_offset, num_heads)
+            mask[row] = draw(scope, held, q, k) & real
         return mask.to(query.device)
-    for segment, at in _sequences(rule, batch, keys, key_padding_mask, global_mask, document_ids):
+    for segment, scope, at in _sequences(
+        rule, layer, is_causal, batch, keys, key_padding_mask, global_mask, document_ids, segment_ids
+    ):
         position = torch.arange(len(at))
-        drawn = draw(segment.stop - segment.start, segment.global_positions, position, position)
+        whole = dataclasses.replace(scope, heads=heads, head_offset=head_offset, num_heads=num_heads)
+        drawn = draw(whole, segment.global_positions, position, position)
         drawn[:, :, list(segment.invalid)] = False
         drawn[:, list(segment.invalid)] = False
         mask[segment.row, :, at[:, None], at] = drawn
@@ -70,6 +76,7 @@ def draw_labels(
     key: Tensor,
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
+    segment_ids: Tensor | None,
     pattern: str,
     layer: int,
     is_causal: bool,
@@ -82,9 +89,9 @@ def draw_labels(
     rule = pattern_from_json(pattern)
     batch, total = key.shape[0], key.shape[2]
     names = torch.zeros(batch, total, total, dtype=torch.int64)
-    for segment, at in _sequences(rule, batch, total, key_padding_mask, None, document_ids):
-        length = segment.stop - segment.start
-        scope = Scope(length, 1, layer, is_causal, nodes=rule.num_nodes(length))
+    for segment, scope, at in _sequences(
+        rule, layer, is_causal, batch, total, key_padding_mask, None, document_ids, segment_ids
+    ):
         position = torch.arange(len(at))
         names[segment.row, at[:, None], at] = rule.label(position[:, None], position[None, :], scope)
     return names.to(key.device)
@@ -97,13 +104,16 @@ def _(key, *_args):  # type: ignore[no-untyped-def]
 
 def _sequences(
     rule: Pattern,
+    layer: int,
+    is_causal: bool,
     batch: int,
     total: int,
     key_padding_mask: Tensor | None,
     global_mask: Tensor | None,
     document_ids: Tensor | None,
-) -> Iterator[tuple[Segment, Tensor]]:
-    """Yield the sequences of a batch, and where their tokens and nodes stand in the row."""
+    segment_ids: Tensor | None,
+) -> Iterator[tuple[Segment, Scope, Tensor]]:
+    """Yield the sequences of a batch, their scope for one head, and where their tokens and nodes stand in the row."""
     tokens = rule.num_tokens(total)
     for segment in find_segments(
         batch,
@@ -112,9 +122,12 @@ def _sequences(
         document_ids=document_ids,
         global_mask=global_mask,
         reads_padding=rule.reads_padding,
+        segment_ids=segment_ids,
+        most_nodes=rule.num_nodes(tokens),
     ):
-        nodes = rule.num_nodes(segment.stop - segment.start)
-        yield segment, torch.arange(total)[places(segment, tokens, nodes)]
+        nodes = rule.nodes_of(segment.length, segment.spans)
+        scope = Scope(segment.length, 1, layer, is_causal, nodes=nodes, spans=segment.spans)
+        yield segment, scope, torch.arange(total)[places(segment, tokens, nodes)]
 
 
 @without_autocast
@@ -123,7 +136,7 @@ def dense_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    seed: Tensor | None,
+    words: tuple[Tensor, Tensor] | None,
     *,
     scale: float,
     dropout: float = 0.0,
@@ -138,7 +151,7 @@ def dense_attention(
         key: float ``[B, G, S, D]``.
         value: float ``[B, G, S, Dv]``.
         mask: bool, broadcastable to ``[B, H, T, S]``; True where the query reads the key.
-        seed: int64 ``[1]``, of the dropout; None without dropout.
+        words: of the dropout, int32 ``[B, H, T]`` and ``[S]``; None without dropout.
         scale: factor of the scores.
         dropout: probability of dropping an attention probability.
         bias: float, broadcastable to ``[B, H, T, S]``, added to the scaled (and capped) scores.
@@ -166,8 +179,7 @@ def dense_attention(
     probabilities = (scores - lse).exp().masked_fill(is_empty, 0.0)
     if sinks is not None:
         probabilities = probabilities[..., :-1]
-    if seed is not None:
-        words = draw_words(seed, *query.shape[:3], key.shape[2], query.device)
+    if words is not None:
         is_kept = mix(words[0][..., None], words[1]) < threshold(dropout)
         probabilities = probabilities * is_kept / (1 - dropout)
     out = probabilities @ v

@@ -48,6 +48,7 @@ def gather_attention(
     rows: str,
     may_be_whole: bool,
     label_scores: Tensor | None = None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a pattern.
 
@@ -71,6 +72,7 @@ def gather_attention(
         rows: "all" rows, "shared" ones or those of "own" projections; see ``make_plan``.
         may_be_whole: whether a short sequence may run in one tile under its whole mask, where that is faster.
         label_scores: float ``[B, H, T, V]``, added to the score of a query and a key of each label, for patterns with labels.
+        segment_ids: int ``[B, S]``, the tokens of each node, for patterns that take them.
 
     Returns:
         Output ``[B, H, T, Dv]`` in the dtype of the query, and logsumexp ``[B, H, T]`` in float32 (float64 for float64).
@@ -81,18 +83,19 @@ def gather_attention(
         pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
     )
     kernel, words = Kernel(scale, dropout), call.words(q, k, seed)
-    plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
+    masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, segment_ids)
+    plans = list(call.plans(query, key, *masks))
     tile = None if label_scores is not None else _whole(plans, q, k, v, dropout)
     if tile is not None:
         out, lse = fused_forward(q, k, v, tile.mask, scale)
         return _laid_out(out, _by_token(query, value.shape[3])), lse.contiguous()
     out = _by_token(q, value.shape[3]).zero_()
     lse = q.new_full(query.shape[:3], float("-inf"))
-    for batch, q_tokens, k_tokens, plan in plans:
+    for batch, q_tokens, k_tokens, scope, plan in plans:
         held = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         results = out[batch, :, q_tokens], lse[batch, :, q_tokens]
-        labels = call.labels(label_scores, batch, q_tokens, exact)
+        labels = call.labels(label_scores, batch, q_tokens, scope, exact)
         run_forward(plan, kernel, *held, drawn, labels, *results)
         _put_back((out, lse), batch, q_tokens, results)
     return out.to(query.dtype), lse
@@ -130,6 +133,7 @@ def _gather_backward(
     rows: str,
     may_be_whole: bool,
     label_scores: Tensor | None = None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v, g, o = (t.to(exact) for t in (query, key, value, grad_out, out))
@@ -138,7 +142,8 @@ def _gather_backward(
     call = _Call(
         pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
     )
-    plans = list(call.plans(query, key, key_padding_mask, global_mask, document_ids, query_positions, key_positions))
+    masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, segment_ids)
+    plans = list(call.plans(query, key, *masks))
     is_plain = grad_lse is None and label_scores is None
     tile = _whole(plans, q, k, v, dropout) if is_plain else None
     nothing = query.new_empty(0)
@@ -152,11 +157,11 @@ def _gather_backward(
         delta -= grad_lse
     tensors = (query, key, value, nothing if label_scores is None else label_scores)
     grads = [torch.zeros_like(t, dtype=exact) for t in tensors]
-    for batch, q_tokens, k_tokens, plan in plans:
+    for batch, q_tokens, k_tokens, scope, plan in plans:
         inputs = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         held = g[batch, :, q_tokens], delta[batch, :, q_tokens], top[batch, :, q_tokens]
-        labels = call.labels(label_scores, batch, q_tokens, exact)
+        labels = call.labels(label_scores, batch, q_tokens, scope, exact)
         stands = (q_tokens, k_tokens, k_tokens, q_tokens)
         # of label scores there may be none
         dq, dk, dv, dl = (t[batch, :, at] if t.dim() == 4 else t for t, at in zip(grads, stands, strict=True))
@@ -170,24 +175,24 @@ def _gather_backward(
 
 @_gather_backward.register_fake
 def _(_grad_out, _grad_lse, query, key, value, *_args):  # type: ignore[no-untyped-def]
-    label_scores = _args[-1] if isinstance(_args[-1], Tensor) else query.new_empty(0)
+    label_scores = _args[-2] if isinstance(_args[-2], Tensor) else query.new_empty(0)
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(label_scores)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:9], inputs[-1])
-    ctx.settings = inputs[9:-1]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:9], *inputs[-2:])
+    ctx.settings = inputs[9:-2]
 
 
 def _autograd_backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    query, key, value, out, lse, *masks, label_scores = ctx.saved_tensors
+    query, key, value, out, lse, *masks, label_scores, segment_ids = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     *grads, grad_labels = _gather_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.settings, label_scores
+        grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.settings, label_scores, segment_ids
     )
-    return (*grads, *[None] * (6 + len(ctx.settings)), None if label_scores is None else grad_labels)
+    return (*grads, *[None] * (6 + len(ctx.settings)), None if label_scores is None else grad_labels, None)
 
 
 gather_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -231,12 +236,13 @@ class _Call:
     def words(self, query: Tensor, key: Tensor, seed: Tensor | None) -> Words | None:
         return None if seed is None else draw_words(seed, *query.shape[:3], key.shape[2], query.device)
 
-    def labels(self, scores: Tensor | None, batch: slice, at: Places, exact: torch.dtype) -> Labels | None:
+    def labels(
+        self, scores: Tensor | None, batch: slice, at: Places, scope: Scope, exact: torch.dtype
+    ) -> Labels | None:
         """Return the label scores of a sequence, whose tokens and nodes stand at ``at``."""
         if scores is None:
             return None
         held = scores[batch, :, at].to(exact)
-        scope = self._scope(self.pattern.num_tokens(held.shape[2]))
         return Labels(held, lambda q, k: self.pattern.label(q, k, scope), held.shape[2])
 
     def plans(
@@ -248,8 +254,9 @@ class _Call:
         document_ids: Tensor | None,
         query_positions: Tensor | None,
         key_positions: Tensor | None,
-    ) -> Iterator[tuple[slice, Places, Places, Plan]]:
-        """Yield rows of the batch, where their queries and keys stand, and the plan that serves them."""
+        segment_ids: Tensor | None,
+    ) -> Iterator[tuple[slice, Places, Places, Scope, Plan]]:
+        """Yield rows of the batch, where their queries and keys stand, their scope, and the plan that serves them."""
         batch, tokens = key.shape[0], key.shape[2]
         if query_positions is not None and key_positions is not None:
             for row in range(batch):
@@ -260,7 +267,7 @@ class _Call:
                 scope = self._scope(length)
                 parts = with_global_positions(parts_of(self.pattern, scope), held)
                 plan = make_positional_plan(parts, scope, *positions, real, rows=self.rows)
-                yield slice(row, row + 1), slice(None), slice(None), plan
+                yield slice(row, row + 1), slice(None), slice(None), scope, plan
             return
         tokens = self.pattern.num_tokens(tokens)
         segments = find_segments(
@@ -270,6 +277,8 @@ class _Call:
             document_ids=document_ids,
             global_mask=global_mask,
             reads_padding=self.pattern.reads_padding,
+            segment_ids=segment_ids,
+            most_nodes=self.pattern.num_nodes(tokens),
         )
         first = 0
         while first < len(segments):
@@ -277,21 +286,21 @@ class _Call:
             segment, last = segments[first], first
             while last + 1 < len(segments) and segments[last + 1].is_like(segment, segments[last].row + 1):
                 last += 1
-            scope = self._scope(segment.stop - segment.start)
+            scope = self._scope(segment.length, segment.spans)
             plan = cached_plan(
                 self.pattern, scope, segment.global_positions, segment.invalid, self.rows, self.may_be_whole
             )
             at = places(segment, tokens, scope.nodes)
-            yield slice(segment.row, segments[last].row + 1), at, at, plan
+            yield slice(segment.row, segments[last].row + 1), at, at, scope, plan
             first = last + 1
 
-    def _scope(self, length: int) -> Scope:
-        nodes = self.pattern.num_nodes(length)
-        return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads, nodes)
+    def _scope(self, length: int, spans: tuple[tuple[int, int], ...] | None = None) -> Scope:
+        nodes = self.pattern.nodes_of(length, spans)
+        return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads, nodes, spans)
 
 
 def _whole(
-    plans: list[tuple[slice, Places, Places, Plan]], query: Tensor, key: Tensor, value: Tensor, dropout: float
+    plans: list[tuple[slice, Places, Places, Scope, Plan]], query: Tensor, key: Tensor, value: Tensor, dropout: float
 ) -> Tile | None:
     """Return the tile that is the whole call, if one is and torch's fused kernel serves it."""
     if (
@@ -302,7 +311,7 @@ def _whole(
         or query.shape != value.shape
     ):
         return None
-    batch, tokens, _, plan = plans[0]
+    batch, tokens, _, _, plan = plans[0]
     is_all = (batch, tokens) == (slice(0, query.shape[0]), slice(0, query.shape[2]))
     if not is_all or len(plan.groups) != 1 or not plan.is_whole or len(plan.groups[0].invalid):
         return None

@@ -25,6 +25,7 @@ def attend(
     is_causal: bool | None = None,
     global_attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -45,6 +46,7 @@ def attend(
         is_causal: what the model says where it calls no mask function.
         global_attention_mask: ``[B, S]``, nonzero = a global token.
         document_ids: int ``[B, S]``, packed documents.
+        segment_ids: int ``[B, S]``, the segments that nodes stand for.
         position_ids: int ``[B or 1, S]``; packing is read from their restarts where no mask tells it.
         position_bias: as T5 passes it; refused by sparse layers.
         softcap: as Gemma 2 passes it.
@@ -68,7 +70,12 @@ def attend(
     has_nodes = tag.pattern is not None and tag.pattern.has_nodes and not tag.pattern.pools_nodes
     if has_nodes:
         mask = _with_nodes(tag.pattern, mask, key, document_ids)  # type: ignore[arg-type]
-        document_ids = position_ids = None
+        position_ids = None
+        nodes = key.shape[2] - tag.pattern.num_tokens(key.shape[2])  # type: ignore[union-attr]
+        global_attention_mask, document_ids, segment_ids = (
+            None if ids is None else nn.functional.pad(ids, (0, nodes))
+            for ids in (global_attention_mask, document_ids, segment_ids)
+        )
     if mask.padding is not None and tuple(mask.padding.shape) != (key.shape[0], key.shape[2]):
         raise ValueError(
             f"attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.padding.shape)}"
@@ -79,9 +86,6 @@ def attend(
     hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
     if hidden_states is not None:
         module._sparse_hidden = None  # type: ignore[assignment]
-    if has_nodes and global_attention_mask is not None:
-        nodes = key.shape[2] - tag.pattern.num_tokens(key.shape[2])
-        global_attention_mask = nn.functional.pad(global_attention_mask, (0, nodes))
     if document_ids is None:
         document_ids = mask.document_ids
     if document_ids is None and mask.padding is None and not mask.is_causal and position_ids is not None:
@@ -100,6 +104,7 @@ def attend(
         state=getattr(module, "sparse_state", None),
         hidden_states=hidden_states,
         document_ids=document_ids,
+        segment_ids=segment_ids,
         bias=position_bias,
         softcap=softcap,
         sinks=s_aux,
@@ -197,14 +202,14 @@ def _read_global_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
 
 
 def _with_nodes(pattern: Pattern, mask: SparseMask, key: Tensor, document_ids: Tensor | None) -> SparseMask:
-    """Return a mask with room for the nodes behind the tokens; packed rows, whose documents would share them, are refused."""
+    """Return a mask with room for the nodes; packed rows whose documents would share them are refused."""
     if mask.is_causal:
         raise ValueError(
             f"pattern {pattern.key!r} has nodes that start as means of tokens, so in a causal model they would know what comes"
         )
     total = key.shape[2]
     tokens = pattern.num_tokens(total)
-    if document_ids is not None or mask.document_ids is not None:
+    if mask.document_ids is not None or (document_ids is not None and not pattern.takes_segments):
         refuse_packed(pattern)
     if mask.padding is None:
         return mask
@@ -230,7 +235,7 @@ def refuse_packed(pattern: Pattern) -> NoReturn:
     """
     raise ValueError(
         f"pattern {pattern.key!r} has nodes that are no tokens, which the documents of a packed row would share; "
-        "give each document a row of its own"
+        "give each document a row of its own, or use etc with segments='given' and its document_ids"
     )
 
 

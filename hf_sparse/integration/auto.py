@@ -26,6 +26,12 @@ from hf_sparse.integration.positions import lengthen_, limits
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import FAMILIES
 
+# what sparse attention takes beside a model's own inputs, all [batch, tokens]; and what else to do where it cannot be passed on
+_TOKEN_INPUTS = {
+    "global_attention_mask": "; name the global tokens in the pattern",
+    "segment_ids": "",
+    "document_ids": "; give each document a row of its own",
+}
 _LANGUAGE_MODEL_HEADS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForPreTraining", "ForConditionalGeneration")
 
 
@@ -159,40 +165,42 @@ def __getattr__(name: str) -> Any:
 
 
 def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
-    """Return a forward with ``global_attention_mask`` in its signature, where ``Trainer`` looks for columns to keep."""
+    """Return a forward with what sparse attention takes in its signature, where ``Trainer`` looks for columns to keep."""
     signature = inspect.signature(dense.forward)
     parameters = list(signature.parameters.values())
-    extra = inspect.Parameter(
-        "global_attention_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None
-    )
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
+        for name in _TOKEN_INPUTS
+    ]
     names = [parameter.name for parameter in parameters[1:]]
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     @functools.wraps(dense.forward)
-    def forward(self: Any, *args: Any, global_attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_sparse = self.config._attn_implementation == NAME
         if is_sparse and kwargs.get("output_attentions"):
             raise ValueError(
                 "sparse attention keeps no attention weights; load the model with attn_implementation='eager' to see those of "
                 "the dense model it came from"
             )
-        if global_attention_mask is None and is_sparse:
+        held = {name: kwargs.pop(name, None) for name in _TOKEN_INPUTS}
+        if held["global_attention_mask"] is None and is_sparse:
             given = dict(zip(names, args, strict=False)) | kwargs
-            global_attention_mask = _default_mask(self, given)
-        if global_attention_mask is not None:
-            if not isinstance(global_attention_mask, Tensor) or global_attention_mask.dim() < 2:
-                raise ValueError(
-                    f"global_attention_mask must be a tensor [batch, tokens], got {global_attention_mask!r}"
-                )
+            held["global_attention_mask"] = _default_mask(self, given)
+        for name, value in held.items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.dim() < 2:
+                raise ValueError(f"{name} must be a tensor [batch, tokens], got {value!r}")
             if self.__dict__.get("_sparse_closed") is not None:
                 raise ValueError(
-                    f"{type(self).__name__} cannot mark global tokens by global_attention_mask: {self._sparse_closed} of "
-                    f"transformers {transformers.__version__} passes it on to no attention; name them in the pattern"
+                    f"{type(self).__name__} cannot be given {name}: {self._sparse_closed} of transformers "
+                    f"{transformers.__version__} passes it on to no attention{_TOKEN_INPUTS[name]}"
                 )
-            kwargs["global_attention_mask"] = global_attention_mask.flatten(0, -2)
+            kwargs[name] = value.flatten(0, -2)
         return dense.forward(self, *args, **kwargs)
 
-    forward.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])  # type: ignore[attr-defined]
     return forward
 
 

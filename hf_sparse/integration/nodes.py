@@ -4,13 +4,15 @@ One module on the base model does it, by three hooks of its own. Position 0 stay
 caller's length.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.attention import check_segments_are_known
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.attention import documents_of, refuse_packed
 from hf_sparse.integration.entry import Entry
@@ -34,9 +36,11 @@ class Nodes(nn.Module):
         super().__init__()
         self.pattern = pattern
         self.weight = nn.Parameter(torch.empty(pattern.num_node_vectors, hidden_size))
-        # of the pass under way: the attention mask, and the tokens once they are known
-        self._padding: Tensor | None = None
+        # of the pass under way: what was given about the tokens, and how many there are once that is known
+        self._given: dict[str, Tensor | None] = {}
         self._tokens: int | None = None
+        # what keep_nodes collects
+        self._kept: list[Tensor] | None = None
 
     def reset(self) -> None:
         """Set the learned vectors to 0."""
@@ -44,29 +48,39 @@ class Nodes(nn.Module):
 
     def hook(self, base: nn.Module, embeddings: nn.Module) -> None:
         """Register the hooks on a base model and its embeddings."""
-        base.register_forward_pre_hook(self._keep_padding, with_kwargs=True)
+        base.register_forward_pre_hook(self._keep_given, with_kwargs=True)
         embeddings.register_forward_hook(self._append)
         base.register_forward_hook(self._take_off, always_call=True)
 
-    def forward(self, embedded: Tensor, is_real: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        embedded: Tensor,
+        is_real: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """Return the nodes of a batch.
 
         Args:
             embedded: float ``[B, T, hidden_size]``.
             is_real: bool ``[B, T]``, True = a real token; None where all are.
+            document_ids: int ``[B, T]``, packed documents.
+            segment_ids: int ``[B, T]``, for patterns that take them.
 
         Returns:
-            float ``[B, nodes, hidden_size]``; a row with fewer tokens has its nodes first, and zeros behind them.
+            float ``[B, nodes, hidden_size]``; a row with fewer nodes has them first, and zeros behind them.
         """
         real = embedded.new_ones(embedded.shape[:2], dtype=torch.bool) if is_real is None else is_real
-        places = node_places(real, self.pattern.json, True)
+        places = node_places(real, document_ids, segment_ids, self.pattern.json, True)
         running = nn.functional.pad(real.long().cumsum(1), (1, 0))
         counts = running.gather(1, places[..., 1]) - running.gather(1, places[..., 0])
         means = span_means(embedded.masked_fill(~real[..., None], 0.0), places, counts)
         vector = torch.arange(places.shape[1], device=embedded.device) % len(self.weight)
         return (means + self.weight[vector].to(embedded.dtype)) * (places[..., 1:] > places[..., :1])
 
-    def _keep_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _keep_given(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         name = module.config._attn_implementation  # type: ignore[union-attr]
         if name != NAME:
             raise ValueError(
@@ -75,27 +89,49 @@ class Nodes(nn.Module):
             )
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = {**given.get("kwargs", {}), **given}
-        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
-        if isinstance(position_ids, Tensor) and not torch.compiler.is_compiling():
-            documents = documents_of(position_ids, *position_ids.shape)
-            if documents is not None and bool((documents > 0).any()):
-                refuse_packed(self.pattern)
+        mask, segments = given.get("attention_mask"), given.get("segment_ids")
+        check_segments_are_known(self.pattern, segments)
+        documents = self._documents(given)
+        if documents is not None:
+            # the layers do not see position_ids
+            documents = documents.expand(len(segments), -1)  # type: ignore[arg-type]
+            kwargs = {**kwargs, "document_ids": documents}
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise ValueError(
                 f"pattern {self.pattern.key!r} has nodes that are no tokens and needs a padding mask [batch, tokens], got "
                 f"{tuple(getattr(mask, 'shape', ())) or type(mask).__name__}"
             )
-        self._padding, self._tokens = mask, None
+        is_real = None if mask is None else mask != 0
+        self._given, self._tokens = {"is_real": is_real, "document_ids": documents, "segment_ids": segments}, None
+        return args, kwargs
+
+    def _documents(self, given: Mapping[str, Any]) -> Tensor | None:
+        """Return the documents of packed rows, for patterns that serve such."""
+        documents, position_ids = given.get("document_ids"), given.get("position_ids")
+        if documents is None and isinstance(position_ids, Tensor):
+            documents = documents_of(position_ids, *position_ids.shape)
+        if documents is None or self.pattern.takes_segments:
+            return documents
+        is_told = given.get("document_ids") is not None
+        if is_told or (not torch.compiler.is_compiling() and bool((documents > 0).any())):
+            refuse_packed(self.pattern)
+        return None
 
     def _append(self, _module: nn.Module, _args: tuple[Any, ...], embedded: Any) -> Any:
         self._tokens = embedded.shape[1]
-        return torch.cat([embedded, self(embedded, None if self._padding is None else self._padding != 0)], 1)
+        for name, ids in self._given.items():
+            if ids is not None and (ids.dim() != 2 or ids.shape[1] != self._tokens):
+                said = "attention_mask" if name == "is_real" else name
+                raise ValueError(f"{said} must have shape [batch, tokens = {self._tokens}], got {list(ids.shape)}")
+        return torch.cat([embedded, self(embedded, **self._given)], 1)
 
     def _take_off(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        tokens, self._padding, self._tokens = self._tokens, None, None
+        tokens, self._given, self._tokens = self._tokens, {}, None
         if tokens is None or output is None:
             return output
         total = tokens + self.pattern.num_nodes(tokens)
+        if self._kept is not None:
+            self._kept.append(output[0][:, tokens:total])
         if isinstance(output, dict):
             for name, value in output.items():
                 output[name] = _cut(value, tokens, total)
@@ -109,6 +145,33 @@ def _cut(value: Any, tokens: int, total: int) -> Any:
         return type(value)(_cut(one, tokens, total) for one in value)
     is_hidden = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == total
     return value[:, :tokens] if is_hidden else value
+
+
+@contextlib.contextmanager
+def keep_nodes(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep what becomes of a model's nodes, which its outputs leave away.
+
+    Args:
+        model: a model whose pattern has nodes that live through the layers.
+
+    Yields:
+        A list, to which each forward pass adds the nodes behind the last layer, float ``[B, nodes, hidden_size]``, with their
+        gradients; a row with fewer nodes has them first. Of ``segments="given"`` node j is the j-th segment of the row.
+
+    Raises:
+        ValueError: if the model has no such nodes, or they are being kept already.
+    """
+    held = [module for module in model.modules() if isinstance(module, Nodes)]
+    if not held:
+        raise ValueError(f"{type(model).__name__} has no nodes that live through its layers")
+    if held[0]._kept is not None:
+        raise ValueError("the nodes of this model are being kept already")
+    kept: list[Tensor] = []
+    held[0]._kept = kept
+    try:
+        yield kept
+    finally:
+        held[0]._kept = None
 
 
 def add_nodes(model: nn.Module, entry: Entry) -> None:

@@ -40,6 +40,10 @@ class _Combination(Pattern):
     def num_nodes(self, n: int) -> int:
         return max(member.num_nodes(n) for member in self.members)
 
+    @property
+    def takes_segments(self) -> bool:
+        return any(member.takes_segments for member in self.members)
+
     def node_spans(self, n: int) -> Tensor:
         return next(member for member in self.members if member.has_nodes).node_spans(n)
 

@@ -48,6 +48,15 @@ class Pattern:
         """Return how many nodes that are no tokens stand behind ``n`` tokens; never fewer for more tokens."""
         return 0
 
+    @property
+    def takes_segments(self) -> bool:
+        """Whether each call says which tokens a node stands for; ``num_nodes`` is then what a row has room for."""
+        return False
+
+    def nodes_of(self, n: int, spans: tuple[tuple[int, int], ...] | None) -> int:
+        """Return how many nodes a sequence of ``n`` tokens has, whose call names ``spans``."""
+        return self.num_nodes(n) if spans is None else len(spans)
+
     def node_spans(self, n: int) -> Tensor:
         """Return the tokens whose mean each node starts as: first and behind the last, int64 ``[nodes, 2]``."""
         raise NotImplementedError

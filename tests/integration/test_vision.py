@@ -227,7 +227,9 @@ def test_a_layer_that_would_lose_the_global_tokens_is_named(monkeypatch: pytest.
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda self, hidden_states, attention_mask=None: forward(self, hidden_states))
     model = hf_sparse.sparsify_(tiny_vision_model("ViT", "ForImageClassification"), UNNAMED)
-    with pytest.raises(ValueError, match=r"ViTLayer of transformers .* passes it on to no attention; name them in the"):
+    with pytest.raises(
+        ValueError, match=r"ViTLayer of transformers .* passes it on to no attention; name the global tokens"
+    ):
         first(model, tiny_images(16), global_attention_mask=torch.ones(2, 17))
     first(hf_sparse.sparsify_(tiny_vision_model("ViT"), MARKED), tiny_images(16))
 

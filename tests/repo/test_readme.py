@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     code = "\n".join(blocks("python"))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -26,6 +26,7 @@ def test_the_python_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "SparseBertModel torch.Size([1, 3002, 384])" in done.stdout
     assert "SparseRobertaForMaskedLM" in done.stdout
+    assert "torch.Size([2, 128, 384])" in done.stdout
 
 
 def test_the_first_python_block_has_a_dozen_lines() -> None:
