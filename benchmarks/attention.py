@@ -23,6 +23,13 @@ HEADS, WIDTH = 12, 64
 DROPOUT = 0.1
 FORWARD, BOTH = "forward", "forward+backward"
 DENSE = "dense SDPA"
+# the longest length of patterns with dropout
+MOST_WITH_DROPOUT = {
+    ("cpu", "quick"): 1024,
+    ("cpu", "full"): 16384,
+    ("cuda", "quick"): 16384,
+    ("cuda", "full"): 1048576,
+}
 # the longest lengths that dense attention is run for: forward, forward and backward, with dropout
 DENSE_LIMITS = {
     ("cpu", "quick"): (4096, 4096, 1024),
@@ -58,6 +65,10 @@ def patterns_at(n: int) -> dict[str, Pattern]:
         "image_2d, block 8 x 16, rim 8 x 16, squarest grid": make("image_2d", width=width),
         "axial, rows of the squarest grid": make("axial", width=width, axis="row"),
         "axial, columns of the squarest grid": make("axial", width=width, axis="column"),
+        "routing, sqrt(N) clusters": make("routing", num_clusters=stride),
+        "reformer, chunk 64, 2 hashes": make("reformer", num_hashes=2),
+        "reformer, shared keys, chunk 64, 1 hash": make("reformer", num_hashes=1, shared_query_key=True),
+        "sinkhorn, block 64, hard": make("sinkhorn", hard=True),
     }
 
 
@@ -96,7 +107,8 @@ def plan_rows(n: int, device: str) -> Iterator[dict[str, Any]]:
     """Yield how long it takes to plan each pattern at a length when nothing of it is known yet; a plan is then kept."""
     for name, pattern in patterns_at(n).items():
         scope = Scope(n, HEADS, num_heads=HEADS, nodes=pattern.num_nodes(n))
-        if device == "cuda" and not serves(pattern, parts_of(pattern, scope)):
+        # who reads whom by content is found anew in each call
+        if pattern.is_content_based or (device == "cuda" and not serves(pattern, parts_of(pattern, scope))):
             continue
         taken = []
         for _ in range(3):
@@ -121,6 +133,8 @@ def cells_at(n: int, device: str, mode: str) -> Iterator[Cell]:
     for what in (FORWARD, BOTH):
         # dropout is for training: a quick run leaves it out of the forward alone
         for dropout in (0.0, DROPOUT) if (mode, what) != ("quick", FORWARD) else (0.0,):
+            if dropout and n > MOST_WITH_DROPOUT[device, mode]:
+                continue
             facts: dict[str, Any] = {"section": "attention", "n": n, "dropout": dropout}
             if n <= (dropped if dropout else {FORWARD: forward, BOTH: both}[what]):
                 dense: Any = functools.partial(scaled_dot_product_attention, dropout_p=dropout)

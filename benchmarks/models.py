@@ -115,7 +115,11 @@ class Models:
             layers[name.replace("RoBERTa", "layer")] = self._layer(name, hidden)
         layers["HF Longformer layer"] = self._longformer_layer(hidden)
         layers["HF BigBird layer (training mode)"] = self._bigbird_layer(hidden)
-        layers["HF Reformer LSH layer, chunk 64, 1 hash"] = self._lsh_layer(hidden)
+        # four times as long, where hashing pays
+        long = torch.randn(1, 4 * self.n, HIDDEN, device=self.device, dtype=self.dtype, requires_grad=True)
+        said = f"layer, chunk 64, 1 hash, {4 * self.n} tokens"
+        layers[f"hf_sparse reformer {said}"] = self._reformer_layer(long)
+        layers[f"HF Reformer LSH {said}"] = self._lsh_layer(long)
         for what in (FORWARD, BOTH):
             for name, (module, attend) in layers.items():
                 run = functools.partial(_run, functools.partial(_first, attend), module, what)
@@ -141,6 +145,12 @@ class Models:
         masks |= {"from_blocked_mask": blocked, "to_blocked_mask": blocked}
         return module, lambda: module(hidden, **masks)
 
+    def _reformer_layer(self, hidden: Tensor) -> tuple[nn.Module, Callable[[], Any]]:
+        pattern = hf_sparse.pattern("reformer", num_hashes=1, chunk_length=64, shared_query_key=True)
+        model: Any = hf_sparse.sparsify_(copy.deepcopy(self.models[DENSE_MODEL]), pattern)
+        module = model.encoder.layer[0].attention.self
+        return module, lambda: module(hidden)
+
     def _lsh_layer(self, hidden: Tensor) -> tuple[nn.Module, Callable[[], Any]]:
         config = ReformerConfig(
             hidden_size=HIDDEN,
@@ -149,7 +159,7 @@ class Models:
             attn_layers=["lsh"],
             lsh_attn_chunk_length=64,
             num_hashes=1,
-            num_buckets=2 * self.n // 64,
+            num_buckets=2 * hidden.shape[1] // 64,
             lsh_attention_probs_dropout_prob=0.0,
             axial_pos_embds=False,
             is_decoder=False,

@@ -22,6 +22,7 @@ PEERS = {OURS_LONGFORMER: THEIRS_LONGFORMER, OURS_BIGBIRD: THEIRS_BIGBIRD}
 FREE = {OURS_LONGFORMER: FREE_ROBERTA, OURS_BIGBIRD: FREE_BERT}
 
 LAYER_PEERS = {OURS_LONGFORMER: "HF Longformer layer", OURS_BIGBIRD: "HF BigBird layer (training mode)"}
+OURS_REFORMER, THEIRS_REFORMER = "hf_sparse reformer layer", "HF Reformer LSH layer"
 # lengths over which the slope is taken
 SLOPE_FROM, SLOPE_TO = 4096, 65536
 
@@ -192,7 +193,8 @@ def _models(rows: Sequence[dict[str, Any]], differences: dict[str, float]) -> It
     at = {(row["name"], row["what"]): row["seconds"] for row in rows}
     names = list(dict.fromkeys(row["name"] for row in rows))
     has_free = FREE_ROBERTA in names
-    peers = PEERS if has_free else LAYER_PEERS
+    reformers = {name: name.replace(OURS_REFORMER, THEIRS_REFORMER) for name in names if OURS_REFORMER in name}
+    peers = PEERS if has_free else {**LAYER_PEERS, **reformers}
 
     def ratio(name: str | None, row: str, what: str) -> str:
         return f"{at[name, what] / at[row, what]:.2f}x" if name in names else ""

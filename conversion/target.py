@@ -24,6 +24,7 @@ from hf_sparse.integration.support import FAMILIES, Family, check_obeys
 from hf_sparse.integration.vision import image_pixels, vision_family_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
+from hf_sparse.patterns.longformer import GlobalProjections
 
 # transformers reads these from config.json too, and they would take our attention's place
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -238,7 +239,8 @@ def _copies(model: nn.Module) -> dict[str, str]:
     copies = {}
     for _, _, path, module in self_attention_modules(model):
         state = getattr(module, "sparse_state", None)
-        if state is None or isinstance(state, RelativeLabels):
+        # what else patterns own starts by itself when it is loaded
+        if not isinstance(state, GlobalProjections):
             continue
         own = dict(zip(("query", "key", "value"), projections(module), strict=True))
         for key in state.state_dict():

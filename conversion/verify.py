@@ -51,7 +51,7 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
         )
     except ValueError as error:
         return None, f"not comparable: {error}"
-    if opened.pattern.mask(2)[:, :2, 2:].any():
+    if opened.pattern.has_nodes and opened.pattern.mask(2)[:, :2, 2:].any():
         return (
             None,
             f"not comparable: tokens read the nodes of pattern {opened.pattern.key!r}, which the source has not",

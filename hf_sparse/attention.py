@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from hf_sparse.backends.dense import dense_attention, draw_edges, draw_labels, every_pair_attention
 from hf_sparse.backends.dropout import draw_words
 from hf_sparse.backends.gather import gather_attention
-from hf_sparse.choice import choose_backend, cuda_backend
+from hf_sparse.choice import BACKENDS, choose_backend, cuda_backend
+from hf_sparse.content import ContentCall, content_attention
 from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
 from hf_sparse.node_means import with_pooled_nodes
 from hf_sparse.parts import Scope
@@ -42,6 +43,7 @@ def sparse_attention(
     sinks: Tensor | None = None,
     head_offset: int = 0,
     num_heads: int | None = None,
+    training: bool = False,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -77,6 +79,7 @@ def sparse_attention(
         sinks: float ``[H]``, a score of each head that gives nothing. Backend "dense" alone serves it.
         head_offset: index of the first head held here, for tensor or sequence parallel ranks.
         num_heads: heads of the whole layer, where others hold some; BigBird's published draw depends on it.
+        training: whether this is training, where a content-based pattern adds its noise and its state follows the tokens.
         backend: "gather" (blocks, any device), "dense" (a mask of T x S), "flex" (one fused kernel, CUDA; forward alone on
             the CPU), "varlen" (a plain window, CUDA, half precision) or "auto" (what serves the call best; see ``explain``).
         return_lse: whether to return the logsumexp as well.
@@ -109,6 +112,28 @@ def sparse_attention(
         )
     only_dense = {"bias": bias, "softcap": softcap, "sinks": sinks}
     others = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, state)
+    if return_lse and not pattern.has_lse:
+        raise ValueError(f"pattern {pattern.key!r} averages blocks, so they have no common logsumexp")
+    if pattern.is_content_based:
+        _check_content(pattern, backend, only_dense, query, key, query_positions, key_positions)
+        call = ContentCall(
+            key_padding_mask=key_padding_mask,
+            global_mask=global_mask,
+            document_ids=document_ids,
+            hidden_states=hidden_states,
+            state=state,
+            seed=_seed(dropout),
+            is_causal=is_causal,
+            scale=scale,
+            dropout=dropout,
+            layer=layer,
+            head_offset=head_offset,
+            num_heads=num_heads,
+            backend=backend,
+            is_training=training,
+        )
+        out, lse = content_attention(query, key, value, pattern, call)
+        return (out, lse) if return_lse else out
     scope = Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads)
     choice = choose_backend(
         backend,
@@ -136,6 +161,11 @@ def sparse_attention(
     label_scores = None
     if isinstance(state, RelativeLabels):
         label_scores, state = state(query, scale=scale, head_offset=head_offset), None
+        if label_scores.shape[3] != pattern.num_labels:
+            raise ValueError(
+                f"the state has {label_scores.shape[3]} labels, but pattern {pattern.key!r} has {pattern.num_labels}; make it "
+                "with pattern.make_state"
+            )
 
     def run(q: Tensor, k: Tensor, v: Tensor, rows: str) -> tuple[Tensor, Tensor]:
         seed = _seed(dropout)
@@ -174,6 +204,28 @@ def sparse_attention(
             q, k, v = state(hidden_states)
             out, lse = put_rows(out, lse, *run(q, k, v, "own"))
     return (out, lse) if return_lse else out
+
+
+def _check_content(
+    pattern: Pattern,
+    backend: str,
+    only_dense: dict[str, Tensor | float | None],
+    query: Tensor,
+    key: Tensor,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+) -> None:
+    """Refuse what content-based patterns cannot serve."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    refused = {f"backend {backend!r}; pass 'gather'": backend not in ("auto", "gather", "dense")}
+    refused |= {name: given is not None for name, given in only_dense.items()}
+    refused["cached decoding: it looks at all queries of a sequence"] = (
+        query.shape[2] != key.shape[2] or query_positions is not None or key_positions is not None
+    )
+    for what, is_given in refused.items():
+        if is_given:
+            raise ValueError(f"pattern {pattern.key!r} is content-based and does not serve {what}")
 
 
 def _check_nodes(

@@ -66,6 +66,8 @@ def explain(
     """
     if n < 1 or heads < 1:
         raise ValueError(f"n and heads must be at least 1, got n={n}, heads={heads}")
+    if pattern.is_content_based:
+        return Choice("gather", "blocks of tokens that are found by content, put back and merged")
     scope = Scope(n, heads, layer, is_causal, nodes=pattern.num_nodes(n))
     choice = choose_backend("auto", pattern, scope, device, can_flex=True, is_plain=True, dropout=dropout)
     if choice.backend != "gather":

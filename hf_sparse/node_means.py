@@ -96,8 +96,12 @@ def with_pooled_nodes(
         ``[B, G, T + nodes, Dv]``; in float32 where half precision is given, which would round the logarithms.
 
     Raises:
-        ValueError: if there is padding between real tokens.
+        ValueError: if there is padding between real tokens, or the scale is 0.
     """
+    if not scale:
+        raise ValueError(
+            f"pattern {pattern.key!r} pools spans, whose sizes count in the scores, so scale must not be 0"
+        )
     query, key, value = (t if t.dtype == torch.float64 else t.float() for t in (query, key, value))
     batch, groups, tokens, width = key.shape
     if key_padding_mask is None:

@@ -78,8 +78,8 @@ class Score:
 
 
 def text_systems() -> list[str]:
-    """Return the keys of the patterns that do not ask for a grid of pixels."""
-    return [key for key, cls in PATTERNS.items() if cls.on_grid is Pattern.on_grid]
+    """Return the keys of the patterns that know positions alone and do not ask for a grid of pixels."""
+    return [key for key, cls in PATTERNS.items() if cls.on_grid is Pattern.on_grid and not cls.is_content_based]
 
 
 def check_complete() -> None:
@@ -180,7 +180,7 @@ def retrieval_lines(scores: list[Score], corpus: Corpus) -> Iterator[str]:
         scored=len(set(topics)),
         chosen_on=len({index for index, _ in corpus.chosen_on}),
         counted_at=COUNTED_AT,
-        images=", ".join(f"`{key}`" for key in PATTERNS if key not in text_systems()),
+        images=", ".join(f"`{key}`" for key, cls in PATTERNS.items() if cls.on_grid is not Pattern.on_grid),
         torch=torch.__version__,
     ).splitlines()
     intervals = [paired_interval(ours.rank, score.rank, topics) for score in scores]

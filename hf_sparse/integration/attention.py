@@ -108,6 +108,7 @@ def attend(
         bias=position_bias,
         softcap=softcap,
         sinks=s_aux,
+        training=bool(getattr(module, "training", False)),
     )
     return attended.transpose(1, 2).contiguous(), None
 
@@ -155,6 +156,7 @@ class _Tagged:
     def __init__(self, module: nn.Module, tag: Any) -> None:
         self._sparse = tag
         self.is_causal = getattr(module, "is_causal", False)
+        self.training = module.training
         self.name = type(module).__name__
 
 

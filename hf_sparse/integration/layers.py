@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.entry import Entry
 from hf_sparse.patterns import Pattern
-from hf_sparse.patterns.labels import RelativeLabels
+from hf_sparse.patterns.longformer import GlobalProjections
 
 # names of the query, key and value projections of a self-attention module
 _PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
@@ -160,13 +160,14 @@ def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
 
 
 def start_states(modules: list[nn.Module]) -> None:
-    """Start the weights that patterns own and that were not loaded: labels as 0, projections as copies of the layers' own."""
+    """Start the weights that patterns own and that were not loaded: projections as copies of the layers' own."""
     for module in modules:
         with torch.no_grad():
-            if isinstance(module.sparse_state, RelativeLabels):
-                for parameter in module.sparse_state.parameters():
-                    if not getattr(parameter, "_is_hf_initialized", False):
-                        parameter.zero_()
+            state: Any = module.sparse_state
+            if not isinstance(state, GlobalProjections):
+                held = [*state.parameters(), *state.buffers()]
+                if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in held):
+                    state.reset()
                 continue
             for name, source in zip(("query", "key", "value"), projections(module), strict=True):
                 target = getattr(module.sparse_state, name)

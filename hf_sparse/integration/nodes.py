@@ -94,7 +94,6 @@ class Nodes(nn.Module):
         documents = self._documents(given)
         if documents is not None:
             # the layers do not see position_ids
-            documents = documents.expand(len(segments), -1)  # type: ignore[arg-type]
             kwargs = {**kwargs, "document_ids": documents}
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise ValueError(
@@ -110,6 +109,9 @@ class Nodes(nn.Module):
         documents, position_ids = given.get("document_ids"), given.get("position_ids")
         if documents is None and isinstance(position_ids, Tensor):
             documents = documents_of(position_ids, *position_ids.shape)
+            segments = given.get("segment_ids")
+            if documents is not None and segments is not None and len(documents) == 1:
+                documents = documents.expand(len(segments), -1)
         if documents is None or self.pattern.takes_segments:
             return documents
         is_told = given.get("document_ids") is not None
@@ -119,10 +121,14 @@ class Nodes(nn.Module):
 
     def _append(self, _module: nn.Module, _args: tuple[Any, ...], embedded: Any) -> Any:
         self._tokens = embedded.shape[1]
+        if not self._tokens:
+            raise ValueError(
+                f"pattern {self.pattern.key!r} has nodes that start as means of tokens, and there are none"
+            )
         for name, ids in self._given.items():
-            if ids is not None and (ids.dim() != 2 or ids.shape[1] != self._tokens):
+            if ids is not None and ids.shape != embedded.shape[:2]:
                 said = "attention_mask" if name == "is_real" else name
-                raise ValueError(f"{said} must have shape [batch, tokens = {self._tokens}], got {list(ids.shape)}")
+                raise ValueError(f"{said} must have shape {list(embedded.shape[:2])}, got {list(ids.shape)}")
         return torch.cat([embedded, self(embedded, **self._given)], 1)
 
     def _take_off(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:

@@ -14,7 +14,8 @@ def sentence_ids(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, *, most:
 
     A sentence ends with a token of nothing but full stops, exclamation and question marks (``.!?`` and their Chinese and
     Japanese forms), the last of several in a row, or before a special token. That is right for running text; abbreviations
-    split sentences too. Masked and unknown words are words, but a masked full stop ends nothing: number before masking.
+    split sentences too, and a quotation mark behind a full stop goes to the next one. Masked and unknown words are words, but
+    a masked full stop ends nothing: number before masking.
 
     Args:
         input_ids: int64 ``[B, T]``.
@@ -25,8 +26,15 @@ def sentence_ids(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, *, most:
         int64 ``[B, T]``, from 0 on in each row; -1 for special tokens, padding among them.
 
     Raises:
-        ValueError: if ``most`` is below 1.
+        ValueError: if ``most`` is below 1, or the ids are no int tensor ``[B, T]`` of the tokenizer's.
     """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+        said = (
+            f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
+        raise ValueError(f"input_ids must be an integer tensor [batch, tokens], got {said}")
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < len(tokenizer):
+        raise ValueError(f"input_ids must be from 0 to {len(tokenizer) - 1}, the ids of the tokenizer")
     if most is not None and most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
     known, index = torch.unique(input_ids, return_inverse=True)

@@ -20,6 +20,9 @@ from hf_sparse.patterns.image_2d import Image2D
 from hf_sparse.patterns.longformer import Longformer
 from hf_sparse.patterns.parent import Pattern
 from hf_sparse.patterns.random_blocks import RandomBlocks
+from hf_sparse.patterns.reformer import Reformer
+from hf_sparse.patterns.routing import Routing
+from hf_sparse.patterns.sinkhorn import Sinkhorn
 from hf_sparse.patterns.sparse_transformer import SparseTransformer
 from hf_sparse.patterns.star import StarTransformer
 from hf_sparse.patterns.strided import Strided
@@ -42,6 +45,9 @@ PATTERNS: dict[str, type[Pattern]] = {
         Image1D,
         Image2D,
         Axial,
+        Routing,
+        Reformer,
+        Sinkhorn,
     )
 }
 
@@ -125,6 +131,9 @@ __all__ = [
     "Longformer",
     "Pattern",
     "RandomBlocks",
+    "Reformer",
+    "Routing",
+    "Sinkhorn",
     "SparseTransformer",
     "StarTransformer",
     "Strided",

@@ -70,7 +70,8 @@ class BPTransformer(Pattern):
         return (contexts,) if self.pools_nodes else (contexts, Leaves(tokens=scope.length))
 
     def wide_open(self, length: int) -> "BPTransformer":
-        return dataclasses.replace(self, nodes_per_level=length)
+        # with so many nodes there would be as many labels, and none but 0 at the start
+        return dataclasses.replace(self, nodes_per_level=length, clip_distance=0)
 
     def _contexts(self, scope: Scope) -> "Contexts":
         intervals = _intervals(scope.length, self.nodes_per_level, scope.is_causal)

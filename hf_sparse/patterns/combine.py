@@ -19,6 +19,23 @@ class _Combination(Pattern):
     def members(self) -> tuple[Pattern, ...]:
         raise NotImplementedError
 
+    def density(self, n: int, *, heads: int = 1, layer: int = 0, is_causal: bool = False) -> float:
+        if not self.is_content_based:
+            return super().density(n, heads=heads, layer=layer, is_causal=is_causal)
+        return self._at_most([member.density(n, layer=layer, is_causal=is_causal) for member in self.members], heads)
+
+    def _at_most(self, densities: list[float], heads: int) -> float:
+        """Return the density of the whole, at most, from those of the members."""
+        raise NotImplementedError
+
+    @property
+    def is_content_based(self) -> bool:  # type: ignore[override]
+        return any(member.is_content_based for member in self.members)
+
+    @property
+    def has_lse(self) -> bool:
+        return all(member.has_lse for member in self.members)
+
     @property
     def has_global_tokens(self) -> bool:
         return any(member.has_global_tokens for member in self.members)
@@ -91,6 +108,8 @@ class _Combination(Pattern):
             raise ValueError("patterns laid over the real and over the padded length cannot be combined")
         if sum(member.has_nodes for member in self.members) > 1:
             raise ValueError("at most one member of a combination may have nodes that are no tokens")
+        if self.is_content_based and any(member.has_nodes for member in self.members):
+            raise ValueError("content-based patterns are not served beside nodes that are no tokens")
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,9 @@ class Union(_Combination):
 
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         return tuple(part for member in self.patterns for part in member.parts(scope))
+
+    def _at_most(self, densities: list[float], heads: int) -> float:
+        return min(1.0, sum(densities))
 
     def wide_open(self, length: int) -> "Union":
         opened, errors = [], []
@@ -188,6 +210,10 @@ class ByHead(_Combination):
         named = sum(map(len, self.heads))
         if named != num_heads:
             raise ValueError(f"by_head names {named} heads, but the model has {num_heads}")
+
+    def _at_most(self, densities: list[float], heads: int) -> float:
+        shares = [sum(head < heads for head in group) for group in self.heads]
+        return sum(share * one for share, one in zip(shares, densities, strict=True)) / heads
 
     def wide_open(self, length: int) -> "ByHead":
         return ByHead(self.heads, tuple(member.wide_open(length) for member in self.patterns))

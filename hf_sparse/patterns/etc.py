@@ -23,7 +23,8 @@ class ETC(Pattern):
 
     Args:
         radius: tokens to each side; at least 1.
-        num_global: global nodes, at least 1; with ``segments="given"`` what a row has room for; of blocks each has one.
+        num_global: global nodes, at least 1; with ``segments="given"`` what a row has room for. Not read where blocks have a
+            node each.
         max_relative_distance: distance from which on neighbours share a label, at least 0; each label has a learned key vector
             and bias for each head, which start as 0. 0 leaves labels out.
         segments: what has a node of its own. A number: each block of so many tokens, at least 1. "given": the segments that

@@ -80,6 +80,10 @@ class Image2D(Pattern):
             self.parts(Scope(length, num_heads))
 
     def on_grid(self, prefix: int, height: int, width: int) -> "Image2D":
+        if self.order == "block":
+            raise ValueError(
+                "order='block' is for tokens in the order of blocks, but the patches of this model lie row by row"
+            )
         return dataclasses.replace(self, **fitted_grid(self, prefix, height, width))
 
     def wide_open(self, length: int) -> "Image2D":

@@ -27,6 +27,12 @@ class RelativeLabels(nn.Module):
         self.keys = nn.Parameter(torch.zeros(labels, heads, head_dim))
         self.bias = nn.Parameter(torch.zeros(labels, heads)) if has_bias else None
 
+    def reset(self) -> None:
+        """Set all to 0."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+
     def forward(self, query: Tensor, *, scale: float, head_offset: int = 0) -> Tensor:
         """Return what each label adds to the scores of each query.
 

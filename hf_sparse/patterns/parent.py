@@ -19,6 +19,8 @@ class Pattern:
     """
 
     key: ClassVar[str]
+    # whether its edges depend on queries and keys
+    is_content_based: ClassVar[bool] = False
     # the pattern as one line of JSON; set on each instance, no field
     json: ClassVar[str]
 
@@ -38,6 +40,11 @@ class Pattern:
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         """Return the parts whose union is this pattern, for one layer and one length."""
         raise NotImplementedError
+
+    @property
+    def has_lse(self) -> bool:
+        """Whether all keys of a query share one softmax, so that there is a logsumexp."""
+        return True
 
     @property
     def has_global_tokens(self) -> bool:

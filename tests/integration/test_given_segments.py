@@ -1,6 +1,7 @@
 """Models whose nodes stand for segments that come with the call: sentences, packed documents, and the columns of a dataset."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ GIVEN = hf_sparse.pattern(
     "etc", radius=3, num_global=ROOM, segments="given", hard_global_to_long=True, max_relative_distance=2
 )
 FAMILIES = ("Bert", "Roberta", "Camembert", "XLMRoberta", "DistilBert", "Electra")
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "!", "?", "...", "one", "two", "##s", ",")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "!", "?", "...", "one", "two", "##s", ",", "\uff1f")
 
 
 def sparse(family: str = "Bert", head: str = "Model", pattern: hf_sparse.Pattern = GIVEN) -> Any:
@@ -103,8 +104,16 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
     segments = batch.pop("segment_ids")
     with pytest.raises(ValueError, match=r"needs segment_ids \[batch, tokens\] with each call"):
         said(model, **batch)
-    with pytest.raises(ValueError, match=r"segment_ids must have shape \[batch, tokens = 40\], got \[2, 39\]"):
-        said(model, **batch, segment_ids=segments[:, 1:])
+    for bad in (segments[:, 1:], segments[:1], torch.cat([segments, segments])):
+        said_shape = re.escape(f"segment_ids must have shape [2, 40], got {list(bad.shape)}")
+        with pytest.raises(ValueError, match=said_shape):
+            said(model, **batch, segment_ids=bad)
+    for name in ("attention_mask", "document_ids"):
+        ones = torch.ones(1, N, dtype=torch.int64)
+        with pytest.raises(ValueError, match=re.escape(f"{name} must have shape [2, 40], got [1, 40]")):
+            said(model, **{**batch, "segment_ids": segments, name: ones})
+    with pytest.raises(ValueError, match="start as means of tokens, and there are none"):
+        said(model, inputs_embeds=torch.zeros(2, 0, 32), segment_ids=segments[:, :0])
     with pytest.raises(ValueError, match="row 0 has 40 segments, and the pattern has room for num_global=6"):
         said(model, **batch, segment_ids=torch.arange(N).expand(2, -1))
     with pytest.raises(ValueError, match=r"segment_ids must be a tensor \[batch, tokens\]"):
@@ -166,6 +175,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizerFast:
         ("one ##s , [MASK] [UNK] ... two", [0, 0, 0, 0, 0, 0, 1]),
         (". . one . [SEP] . two", [0, 0, 1, 1, -1, 2, 3]),
         ("[PAD] [PAD]", [-1, -1]),
+        ("one \uff1f two", [0, 0, 1]),
     ],
 )
 def test_sentences_end_where_they_are_seen_to(tokenizer: BertTokenizerFast, text: str, wanted: list[int]) -> None:
@@ -180,11 +190,20 @@ def test_neighbouring_sentences_are_joined_where_there_is_no_room(tokenizer: Ber
     assert found.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, -1, -1], [0, 0, 1, 1] + [-1] * 8]
     with pytest.raises(ValueError, match="most must be at least 1, got 0"):
         hf_sparse.sentence_ids(ids, tokenizer, most=0)
+    with pytest.raises(ValueError, match=r"must be an integer tensor \[batch, tokens\], got torch.float32"):
+        hf_sparse.sentence_ids(ids.float(), tokenizer)
+    with pytest.raises(ValueError, match="must be an integer tensor"):
+        hf_sparse.sentence_ids(ids[0], tokenizer)
+    with pytest.raises(ValueError, match="must be from 0 to 13, the ids of the tokenizer"):
+        hf_sparse.sentence_ids(ids - 100, tokenizer)
 
 
 def test_words_of_other_vocabularies_end_sentences_too() -> None:
     class Marked:
         all_special_ids, mask_token_id, unk_token_id = [0], None, None
+
+        def __len__(self) -> int:
+            return 6
 
         def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
             return [("<s>", "\u0120one", "\u0120.", "\u2581!", "\u3002", "\u0120")[i] for i in ids]

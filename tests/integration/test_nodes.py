@@ -285,6 +285,16 @@ def test_labels_are_saved_and_start_as_nothing(tmp_path: Path) -> None:
     assert torch.equal(said(AutoModel.from_pretrained(tmp_path).eval(), **batch).last_hidden_state, before)
 
 
+def test_labels_of_spans_convert(tmp_path: Path) -> None:
+    tiny_model("Bert").save_pretrained(tmp_path / "dense")
+    pattern = hf_sparse.pattern("bp_transformer", nodes_per_level=2, clip_distance=3)
+    hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", pattern)
+    model = AutoModel.from_pretrained(tmp_path / "sparse").eval()
+    plain = hf_sparse.sparsify_(tiny_model("Bert"), hf_sparse.pattern("bp_transformer", nodes_per_level=2)).eval()
+    out, wanted = (said(x, **tiny_batch(N)).last_hidden_state for x in (model, plain))
+    assert torch.allclose(out, wanted, atol=1e-5)
+
+
 def test_a_dense_checkpoint_gets_labels_of_zeros(tmp_path: Path) -> None:
     tiny_model("Bert").save_pretrained(tmp_path)
     config = hf_sparse.sparse_config(tmp_path, PATTERNS["etc"])

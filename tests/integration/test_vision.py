@@ -291,3 +291,10 @@ def test_a_segmentation_head_reads_its_layers_by_number() -> None:
     plain, images = first(model, tiny_images(16)), tiny_images(16)
     oracle = first(tiny_vision_model("Beit", "ForSemanticSegmentation", **fields).double(), images.double())
     assert_within_rounding(first(hf_sparse.sparsify_(model, WIDE), images), oracle, plain)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_the_order_of_blocks_is_refused_where_patches_lie_row_by_row(family: str) -> None:
+    pattern = hf_sparse.pattern("image_2d", query_block=(2, 2), flange=(1, 1), order="block")
+    with pytest.raises(ValueError, match="but the patches of this model lie row by row"):
+        hf_sparse.sparsify_(tiny_vision_model(family), pattern)

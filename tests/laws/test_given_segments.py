@@ -206,6 +206,24 @@ def test_rows_and_documents_do_not_touch_each_other() -> None:
     assert (before[0, :, at] != after[0, :, at]).any(-1).all()
 
 
+def test_a_segment_of_nothing_but_padding_has_no_node() -> None:
+    tensors = random_tensors(tokens=9 + ROOM, width=WIDTH)
+    is_real = torch.ones(1, 9 + ROOM, dtype=torch.bool)
+    is_real[0, 3:6] = False
+    # the hole has a name of its own
+    names = ids_of(["aaabbbccc"])
+    out, lse = attention(given(), segment_ids=names, key_padding_mask=is_real, return_lse=True)(*tensors)
+    used = lse[0, 0, 9:].isfinite().tolist()
+    assert used == [True, True, *[False] * (ROOM - 2)]
+    assert not out[:, :, 3:6].any()
+
+
+def test_opened_wide_segments_need_not_be_given() -> None:
+    opened = given(hard_global_to_long=True).wide_open(12)
+    assert not opened.takes_segments
+    assert opened.mask(12)[0, :12, :12].all()
+
+
 def test_what_the_segments_must_be_is_said() -> None:
     tensors = random_tensors(tokens=12 + ROOM, width=WIDTH)
     with pytest.raises(ValueError, match=r"needs segment_ids .*hf_sparse.sentence_ids"):

@@ -292,6 +292,15 @@ def test_a_number_of_positions_that_no_tokens_have_is_refused() -> None:
         attention(_make("bp_transformer"))(*tensors)
 
 
+@pytest.mark.parametrize("name", ["star", "etc"])
+def test_a_state_of_another_pattern_is_refused(name: str) -> None:
+    other = _make("etc", num_global=2, max_relative_distance=5)
+    state = other.make_state(hidden_size=8, num_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH)
+    own = _make("star", num_relays=2) if name == "star" else _make("etc", num_global=2, max_relative_distance=2)
+    with pytest.raises(ValueError, match=rf"the state has 26 labels, but pattern '{name}' has {own.num_labels}"):
+        attention(own, state=state)(*random_tensors(tokens=12, width=WIDTH))
+
+
 def test_flex_refuses_nodes_by_name() -> None:
     tensors = random_tensors(tokens=total(CASES[0], 10), width=WIDTH)
     with pytest.raises(ValueError, match="backend 'flex' does not serve pattern 'star'; pass backend='gather'"):

@@ -103,3 +103,9 @@ def test_what_it_cannot_serve_is_refused_by_name() -> None:
         attention(POOLED)(tensors[0][:, :, -1:], *tensors[1:])
     with pytest.raises(ValueError, match="clip_distance must be 0 where spans are pooled"):
         hf_sparse.pattern("bp_transformer", spans="pooled", clip_distance=2)
+
+
+def test_a_scale_of_nothing_is_refused() -> None:
+    tensors = [torch.randn(1, 2, 9, 4) for _ in range(3)]
+    with pytest.raises(ValueError, match="so scale must not be 0"):
+        hf_sparse.sparse_attention(*tensors, hf_sparse.pattern("bp_transformer", spans="pooled"), scale=0.0)

@@ -51,6 +51,23 @@ def test_the_loss_is_the_cross_entropy_of_finding_the_own_segment() -> None:
     assert torch.allclose(loss.detach(), wanted, atol=1e-5)
 
 
+def test_packed_documents_have_segments_of_their_own() -> None:
+    model: Any = hf_sparse.sparsify_(tiny_model("Bert"), ETC).eval()
+    ids, _ = batch_of(rows=2, sentences=2)
+    # one segment a document, all under the same number
+    segments, documents = torch.zeros_like(ids), (torch.arange(8) // 4).expand(2, -1)
+    held = {"mask_token_id": MASK, "fraction": 1.0}
+    packed = cpc_loss(model, ids, segments, document_ids=documents, generator=torch.Generator().manual_seed(0), **held)
+    apart = [ids[row : row + 1, at : at + 4] for row in range(2) for at in (0, 4)]
+    with torch.no_grad(), hf_sparse.keep_nodes(model) as kept:
+        for own in apart:
+            model(input_ids=torch.full_like(own, MASK), segment_ids=torch.zeros_like(own))
+    # masked documents of one length say the same wherever they stand, but for their positions
+    assert torch.allclose(kept[0][0, 0], kept[2][0, 0])
+    assert packed.isfinite()
+    assert packed.item() != cpc_loss(model, ids, segments, generator=torch.Generator().manual_seed(0), **held).item()
+
+
 def test_training_on_it_tells_masked_segments_apart() -> None:
     torch.manual_seed(0)
     model: Any = hf_sparse.sparsify_(tiny_model("Bert"), ETC).train()
@@ -74,5 +91,12 @@ def test_what_it_cannot_work_with_is_said() -> None:
         cpc_loss(tiny_model("Bert"), ids, segments, mask_token_id=MASK)
     with pytest.raises(ValueError, match="fraction must be above 0 and at most 1, got 0"):
         cpc_loss(model, ids, segments, mask_token_id=MASK, fraction=0)
+    for bad in (None, -1, 64):
+        with pytest.raises(ValueError, match="mask_token_id must be from 0 to 63"):
+            cpc_loss(model, ids, segments, mask_token_id=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"segment_ids must have the shape of input_ids, \[4, 24\], got \[3, 24\]"):
+        cpc_loss(model, ids, segments[:3], mask_token_id=MASK)
+    with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
+        cpc_loss(model, ids, segments, mask_token_id=MASK, attention_mask=segments[:, 1:])
     with pytest.raises(ValueError, match="compares segments with one another, and the batch has 1"):
         cpc_loss(model, ids[:1], torch.zeros_like(ids[:1]), mask_token_id=MASK)

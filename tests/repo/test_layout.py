@@ -29,11 +29,13 @@ FLOORS = {
     "hf_sparse.plan": 1,
     "hf_sparse.tables": 1,
     "hf_sparse.tiles": 1,
+    "hf_sparse.slots": 1,
     "hf_sparse.patterns": 2,
     "hf_sparse.backends": 3,
     "hf_sparse.choice": 4,
     "hf_sparse.global_rows": 4,
     "hf_sparse.node_means": 4,
+    "hf_sparse.content": 4,
     "hf_sparse.attention": 4,
     "hf_sparse.integration": 5,
     # What the command lines of the floors above share.

@@ -1,0 +1,323 @@
+"""Attention over slots: blocks of queries against keys named by index, put back and merged, head by head.
+
+A query may stand in several blocks. Its outputs merge by logsumexp, so that all its keys share one softmax; the backward of
+each block is then exact when it is given the merged output and logsumexp. Nothing is kept for the backward pass but these.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.backends.kernels import LOG2_E, Kernel, without_autocast
+from hf_sparse.parts import Part
+from hf_sparse.slots import Assignment, Slots
+
+# scores of one kernel call
+CALL_SCORES = 1 << 20
+_HUGE = 1e30
+
+
+@dataclass(eq=False)
+class SlotCall:
+    """One call over the slots of some rows of one sequence.
+
+    Attributes:
+        assignment: who reads whom.
+        heads: query heads held here.
+        is_causal: whether keys ahead of the query are left out.
+        scale: factor of the scores.
+        positions: int64 ``[N]``, logical, of the tokens; what the parts speak of. Keys from N on are no tokens: every query may
+            read them.
+        dropout: probability of dropping an attention probability.
+        words: of the dropout, int32 ``[B, H, N]`` and ``[S]``; None without it.
+        parts: a pair of tokens that one of these allows is none of ours.
+    """
+
+    assignment: Assignment
+    heads: int
+    is_causal: bool
+    scale: float
+    positions: Tensor
+    dropout: float = 0.0
+    words: tuple[Tensor, Tensor] | None = None
+    parts: tuple[Part, ...] = ()
+    kernel: Kernel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kernel = Kernel(self.scale, self.dropout)
+        self._stretches = [_stretches(slots) for slots in self.assignment.slots]
+
+    def pieces(self, lane: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield queries ``[X, T]``, keys ``[X, S]`` and who reads whom, bool ``[X or 1, T, S]``; None for all."""
+        for slots, stretches in zip(self.assignment.slots, self._stretches, strict=True):
+            step = max(1, CALL_SCORES // max(slots.queries.shape[1] * slots.keys.shape[1], 1))
+            for first, last, has_gaps in stretches.get(lane, ()):
+                for start in range(first, last, step):
+                    at = slice(start, min(start + step, last))
+                    yield slots.queries[at], slots.keys[at], self._allowed(slots, at, lane, has_gaps)
+
+    def _allowed(self, slots: Slots, at: slice, lane: int, has_gaps: bool) -> Tensor | None:
+        queries, keys = slots.queries[at], slots.keys[at]
+        q, k = queries.clamp(min=0), keys.clamp(min=0)
+        is_token = (k < len(self.positions))[:, None, :]
+        terms = []
+        if has_gaps:
+            terms.append((queries >= 0)[:, :, None] & (keys >= 0)[:, None, :])
+        if self.is_causal:
+            terms.append((k[:, None, :] <= q[:, :, None]) | ~is_token)
+        if not self.assignment.reads_self and slots.own is None:
+            terms.append(k[:, None, :] != q[:, :, None])
+        if self.assignment.repeats is not None and slots.rank is not None and bool(slots.rank[at].any()):
+            terms.append(self.assignment.repeats.of(lane, slots.rank[at], q, k).logical_not_())
+        if self.parts:
+            head, last = lane % self.heads, len(self.positions) - 1
+            q_at, k_at = self.positions[q][:, :, None], self.positions[k.clamp(max=last)][:, None, :]
+            for part in self.parts:
+                if part.heads is None or head in part.heads:
+                    others = part.allows(q_at, k_at)
+                    terms.append(~((others[head] if others.shape[0] > 1 else others[0]) & is_token))
+        allowed = functools.reduce(torch.Tensor.logical_and_, terms) if terms else None
+        if not self.assignment.reads_self and slots.own is not None:
+            # the same pairs in every block
+            is_other = ~torch.eye(queries.shape[1], keys.shape[1], dtype=torch.bool, device=q.device).roll(
+                slots.own, 1
+            )[None]
+            allowed = is_other if allowed is None else allowed.logical_and_(is_other)
+        return allowed
+
+    def counts(self, batch: int, keys: int) -> Tensor:
+        """Return how often each query reads each key, int64 ``[B, H, N, S]``, for ``keys`` keys."""
+        device = self.positions.device
+        found = torch.zeros(batch * self.heads, len(self.positions), keys, dtype=torch.int64, device=device)
+        for lane, own in enumerate(found):
+            for queries, held, allowed in self.pieces(lane):
+                places = torch.broadcast_tensors(queries[:, :, None], held[:, None, :])
+                at = [x.flatten() if allowed is None else x[allowed.expand(x.shape)] for x in places]
+                own.index_put_(at, torch.ones_like(at[0]), accumulate=True)
+        return found.unflatten(0, (batch, self.heads))
+
+
+def slot_attention(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple[Tensor, Tensor]:
+    """Attend, differentiably.
+
+    Args:
+        query: float ``[B, H, N, D]``.
+        key: float ``[B, G, S, D]``; of tokens, and behind them what is no token.
+        value: float ``[B, G, S, Dv]``.
+        call: who reads whom and how.
+
+    Returns:
+        Output ``[B, H, N, Dv]`` and logsumexp ``[B, H, N]``, both in float32 (float64 for float64); 0 and -inf for a query that
+        reads nothing. Of means there is no common logsumexp: it tells only who reads anything, and has no gradient.
+    """
+    found: tuple[Tensor, Tensor] = _SlotAttention.apply(query, key, value, call)
+    return found
+
+
+class _SlotAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(query, key, value, call)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        if call.assignment.is_mean:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (*_backward(ctx.call, *grads, *ctx.saved_tensors), None)
+
+
+@without_autocast
+def _forward(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple[Tensor, Tensor]:
+    q, k, v = _exact(query, key, value)
+    batch, heads, tokens = q.shape[:3]
+    out, lse = q.new_zeros(batch, heads, tokens, v.shape[3]), q.new_full((batch, heads, tokens), float("-inf"))
+    for lane, row, head, group in _lanes(q, k):
+        own = q[row, head] * call.kernel.query_factor, k[row, group], v[row, group]
+        parts = []
+        for queries, keys, allowed in call.pieces(lane):
+            held = _tensors(own, queries, keys)
+            part, part_lse = call.kernel.forward(*held, _term(allowed, q), _words(call, row, head, queries, keys))
+            parts.append((queries.flatten(), part.flatten(0, 1).clone(), part_lse.flatten().clone()))
+        if parts:
+            at, part, part_lse = (torch.cat(held) for held in zip(*parts, strict=True))
+            merge = _mean if call.assignment.is_mean else _merged
+            out[row, head], lse[row, head] = merge(at, part, part_lse, tokens)
+    return out, lse
+
+
+def _backward(
+    call: SlotCall,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = _exact(query, key, value)
+        g = torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype)
+        delta = (g * out).sum(-1)
+        if grad_lse is not None and not call.assignment.is_mean:
+            delta = delta - grad_lse
+        top = lse.masked_fill(lse == float("-inf"), _HUGE)
+        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        for lane, row, head, group in _lanes(q, k):
+            own = q[row, head] * call.kernel.query_factor, k[row, group], v[row, group]
+            share = _share(call, lane, own, row, head, g.shape[2]) if call.assignment.is_mean else None
+            parts: list[list[Tensor]] = [[], [], [], [], []]
+            for queries, keys, allowed in call.pieces(lane):
+                held, words = _tensors(own, queries, keys), _words(call, row, head, queries, keys)
+                term, at = _term(allowed, q), queries.clamp(min=0)
+                grad = _rows(g[row, head], queries) * call.kernel.grad_factor
+                own_delta, own_top = delta[row, head][at], top[row, head][at]
+                if share is not None:
+                    # each block has a softmax of its own
+                    part, part_lse = call.kernel.forward(*held, term, words)
+                    grad = grad * share[at][..., None]
+                    own_delta = (grad * part).sum(-1) / call.kernel.grad_factor
+                    own_top = part_lse.masked_fill(part_lse == float("-inf"), _HUGE)
+                scores, weights = call.kernel.backward(grad, *held, term, words, own_delta, own_top)
+                found = (
+                    queries,
+                    (scores @ held[1]).mul_(call.scale),
+                    keys,
+                    (scores.transpose(1, 2) @ held[0]).div_(LOG2_E),
+                    weights.transpose(1, 2) @ grad,
+                )
+                for list_, tensor in zip(parts, found, strict=True):
+                    list_.append(tensor.flatten(0, 1))
+            if parts[0]:
+                q_at, dq_own, k_at, dk_own, dv_own = (torch.cat(held) for held in parts)
+                own_sums = _Sums(q_at, q.shape[2]), _Sums(k_at, k.shape[2])
+                dq[row, head] = own_sums[0](dq_own)
+                dk[row, group] += own_sums[1](dk_own)
+                dv[row, group] += own_sums[1](dv_own)
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+def _share(call: SlotCall, lane: int, own: tuple[Tensor, Tensor, Tensor], row: int, head: int, tokens: int) -> Tensor:
+    """Return one over the number of blocks in which each query reads something."""
+    count = own[0].new_zeros(tokens)
+    for queries, _, allowed in call.pieces(lane):
+        reads = queries >= 0 if allowed is None else allowed.any(2) & (queries >= 0)
+        count.index_add_(0, queries[reads], torch.ones_like(queries[reads], dtype=count.dtype))
+    return 1 / count.clamp(min=1)
+
+
+def _merged(at: Tensor, part: Tensor, part_lse: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Merge outputs ``[X, Dv]`` at places ``[X]`` by logsumexp; those at -1 are dropped."""
+    sums = _Sums(at, tokens)
+    if sums.is_single:
+        return sums(part), sums(part_lse[:, None], float("-inf"))[:, 0]
+    at = at.masked_fill(at < 0, tokens)
+    top = part_lse.new_full((tokens + 1,), float("-inf")).scatter_reduce(0, at, part_lse, "amax")
+    is_empty = top == float("-inf")
+    weight = (part_lse - top.masked_fill(is_empty, 0.0)[at]).exp()
+    total = sums(weight[:, None])[:, 0].masked_fill(is_empty[:tokens], 1.0)
+    out = sums(weight[:, None] * part) / total[:, None]
+    return out, top[:tokens] + total.log()
+
+
+def _mean(at: Tensor, part: Tensor, part_lse: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Average outputs of blocks in which a query reads something; the logsumexp is 0 there, else -inf."""
+    sums = _Sums(at, tokens)
+    reads = (part_lse > float("-inf")).to(part.dtype)[:, None]
+    count = sums(reads)
+    lse = torch.zeros_like(count).masked_fill(count == 0, float("-inf"))
+    return sums(reads * part) / count.clamp(min=1), lse[:, 0]
+
+
+class _Sums:
+    """Sums of rows that stand at the same place; gathers, which are many times as fast as adding where they stand.
+
+    Args:
+        at: int64 ``[X]``, the place of each row; -1 drops it.
+        tokens: places.
+    """
+
+    def __init__(self, at: Tensor, tokens: int) -> None:
+        self._at, self._tokens = at.masked_fill(at < 0, tokens), tokens
+        counts = torch.bincount(self._at, minlength=tokens + 1)[:tokens]
+        most = int(counts.max())
+        self.is_single = most <= 1
+        # a place with many more rows than others would make the table long
+        self._table: Tensor | None = None
+        if self.is_single or most * tokens <= 4 * len(at):
+            order = torch.argsort(self._at, stable=True)
+            first, step = counts.cumsum(0) - counts, torch.arange(max(most, 1), device=at.device)[:, None]
+            listed = order[(first + step).clamp(max=max(len(at) - 1, 0))]
+            self._table = listed.masked_fill(step >= counts, len(at))
+
+    def __call__(self, rows: Tensor, nothing: float = 0.0) -> Tensor:
+        """Return ``[tokens, D]`` for rows ``[X, D]``; ``nothing`` where a place has no row, if none has several."""
+        if self._table is None:
+            return rows.new_zeros(self._tokens + 1, rows.shape[1]).index_add_(0, self._at, rows)[: self._tokens]
+        rows = torch.cat([rows, rows.new_full((1, rows.shape[1]), nothing)])
+        total = rows.index_select(0, self._table[0])
+        for line in self._table[1:]:
+            total += rows.index_select(0, line)
+        return total
+
+
+def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
+
+
+def _lanes(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """Yield lane, row, head and key head."""
+    heads, ratio = q.shape[1], q.shape[1] // k.shape[1]
+    for lane in range(q.shape[0] * heads):
+        yield lane, lane // heads, lane % heads, lane % heads // ratio
+
+
+def _tensors(own: tuple[Tensor, Tensor, Tensor], queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _rows(own[0], queries), _rows(own[1], keys), _rows(own[2], keys)
+
+
+def _rows(vectors: Tensor, at: Tensor) -> Tensor:
+    """Return ``[X, T, D]`` for vectors ``[N, D]`` and places ``[X, T]``; any vector for -1."""
+    return vectors.index_select(0, at.flatten().clamp(min=0)).view(*at.shape, -1)
+
+
+def _term(allowed: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return 0 where a pair is an edge and -inf elsewhere; None where all are."""
+    if allowed is None:
+        return None
+    term = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, float("-inf"))
+    # what all blocks have in common is held once
+    return term[0] if len(term) == 1 else term
+
+
+def _words(call: SlotCall, row: int, head: int, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    if call.words is None:
+        return None
+    return call.words[0][row, head][queries.clamp(min=0)], call.words[1][keys.clamp(min=0)]
+
+
+def _stretches(slots: Slots) -> dict[int, list[tuple[int, int, bool]]]:
+    """Return the blocks of each lane in stretches: the first, behind the last, and whether places are missing in them.
+
+    Where whole blocks and others alternate often, a stretch holds both.
+    """
+    has_gaps = (slots.queries < 0).any(1) | (slots.keys < 0).any(1)
+    kinds = slots.lane * 2 + has_gaps
+    _, counts = torch.unique_consecutive(kinds, return_counts=True)
+    lanes = len(torch.unique_consecutive(slots.lane))
+    if len(counts) > 4 * lanes:
+        has_gaps = torch.ones_like(has_gaps)
+        _, counts = torch.unique_consecutive(slots.lane, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    found: dict[int, list[tuple[int, int, bool]]] = {}
+    for first, last in zip([0, *ends[:-1]], ends, strict=True):
+        found.setdefault(int(slots.lane[first]), []).append((first, last, bool(has_gaps[first])))
+    return found
