@@ -8,6 +8,7 @@ from hf_sparse.attention import sparse_attention
 from hf_sparse.choice import explain
 from hf_sparse.errors import ConversionError, HfSparseError, UnsupportedModelError
 from hf_sparse.integration.auto import register_configs
+from hf_sparse.integration.calibrate import calibrate_
 from hf_sparse.integration.nodes import keep_nodes
 from hf_sparse.integration.register import register_attention
 from hf_sparse.integration.sentences import sentence_ids
@@ -101,6 +102,7 @@ __all__ = [
     "HfSparseError",
     "UnsupportedModelError",
     "by_head",
+    "calibrate_",
     "convert",
     "explain",
     "keep_nodes",

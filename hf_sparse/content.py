@@ -100,6 +100,7 @@ def content_attention(
                 held[0], held[1], held[2], content, rest, segment, positions, known, call, drawn
             )
             is_real[rows, at] = True
+        content.finish(call.state, is_training=call.is_training)
         if rest is not None:
             out, lse = _united((out, lse), _by_position(q, k, v, rest, call))
         if content.self_is_last_resort:
@@ -184,7 +185,9 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, pattern: ByHead, call: C
         while last < query.shape[1] and member[call.head_offset + last] == own:
             last += 1
         at = torch.arange(first, last, device=query.device) // ratio
-        held = replace(call, head_offset=call.head_offset + first)
+        # each has its own dropout
+        seed = None if call.seed is None else call.seed + first
+        held = replace(call, head_offset=call.head_offset + first, seed=seed)
         parts.append(content_attention(query[:, first:last], key[:, at], value[:, at], pattern.patterns[own], held))
         first = last
     out, lse = (torch.cat(held, 1) for held in zip(*parts, strict=True))

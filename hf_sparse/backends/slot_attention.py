@@ -1,7 +1,8 @@
 """Attention over slots: blocks of queries against keys named by index, put back and merged, head by head.
 
 A query may stand in several blocks. Its outputs merge by logsumexp, so that all its keys share one softmax; the backward of
-each block is then exact when it is given the merged output and logsumexp. Nothing is kept for the backward pass but these.
+each block is then exact when it is given the merged output and logsumexp. Nothing is kept for the backward pass but these and
+the slots.
 """
 
 import functools

@@ -39,7 +39,9 @@ class Content:
         """
         first = self.scope.head_offset
         drawn = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(_mixed(seed, self.scope.layer, head)))
+            torch.randn(
+                shape, generator=torch.Generator().manual_seed(_mixed(seed, self.scope.layer, head)), device="cpu"
+            )
             for head in range(first, first + self.scope.heads)
         ]
         return torch.stack(drawn).to(device=like.device, dtype=like.dtype)
@@ -86,6 +88,14 @@ class ContentPattern(Pattern):
             content: what else there is to look at.
         """
         raise NotImplementedError
+
+    def finish(self, state: nn.Module | None, *, is_training: bool) -> None:
+        """Do what is done once in a call, after all its sequences.
+
+        Args:
+            state: the module that ``make_state`` made, or None.
+            is_training: whether this is training.
+        """
 
     @property
     def self_is_last_resort(self) -> bool:

@@ -73,11 +73,15 @@ class Routing(ContentPattern):
 
     def extend(self, query: Tensor, key: Tensor, value: Tensor, content: Content) -> tuple[Tensor, Tensor]:
         state = content.state
-        if isinstance(state, Centroids) and content.is_training:
-            if content.is_first:
+        if isinstance(state, Centroids) and (content.is_training or state.is_calibrating):
+            if content.is_first and not state.is_calibrating:
                 state.move()
             state.follow(query, key, content.scope.head_offset)
         return key, value
+
+    def finish(self, state: nn.Module | None, *, is_training: bool) -> None:
+        if isinstance(state, Centroids) and (is_training or state.is_calibrating):
+            state.settle()
 
     def choose(self, query: Tensor, key: Tensor, content: Content) -> Assignment:
         state = content.state
@@ -115,9 +119,11 @@ class Centroids(nn.Module):
     """Directions that clusters gather around, for each head; they follow queries and keys as a moving average.
 
     A step's queries and keys are added up as they pass and move the centroids when the next training pass begins, once a
-    gradient has come back: a pass that is computed again for its gradient finds the centroids it had. In a distributed run the
-    sums of all ranks are added, so all ranks have the same centroids. Only directions count: a centroid that nothing comes near
-    to stays where it is, and none grows by its size, which is what counts are smoothed for elsewhere.
+    gradient has come back: a pass that is computed again for its gradient finds the centroids it had. (Of two passes before one
+    backward pass that holds for checkpoints that are not reentrant.) In a distributed run the sums of all ranks are added at
+    the end of each pass, so all ranks have the same centroids, and any of them may be saved. Only directions count: a centroid
+    that nothing comes near to stays where it is, and none grows by its size, which is what counts are smoothed for elsewhere.
+    Train in float32, or under autocast: in half precision averages that move so slowly stand still.
 
     Attributes:
         weight: float ``[H, C, D]``, unit vectors.
@@ -143,7 +149,12 @@ class Centroids(nn.Module):
         self.decay, self.seed = decay, seed
         for name in ("weight", "sums", "new_sums"):
             self.register_buffer(name, torch.empty(heads, clusters, head_dim))
-        self._may_move = False
+        # whether what passes is noted outside of training too, and moves nothing by itself
+        self.is_calibrating = False
+        # a checkpoint may hold what its last step noted
+        self._may_move = True
+        # of the pass under way, and of this rank alone; None where nothing has passed
+        self._noted: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -165,7 +176,7 @@ class Centroids(nn.Module):
         return torch.einsum("hcd,bhnd->bhcn", held, normalize(vectors, dim=-1))
 
     def follow(self, query: Tensor, key: Tensor, head_offset: int = 0) -> None:
-        """Take note of a training pass; with queries ``[B, H, N, D]`` and keys ``[B, G, N, D]``."""
+        """Take note of queries ``[B, H, N, D]`` and keys ``[B, G, N, D]`` of a training pass; ``settle`` then counts them."""
         # a pass that is computed again for its gradient was noted the first time
         if torch._C._current_graph_task_id() != -1:
             return
@@ -176,25 +187,48 @@ class Centroids(nn.Module):
         ratio = query.shape[1] // key.shape[1]
         at = slice(head_offset, head_offset + query.shape[1])
         with torch.no_grad():
+            if self._noted is None:
+                self._noted = torch.zeros_like(self.sums)
             for vectors in (query.detach(), key.detach().repeat_interleave(ratio, 1)):
                 nearest = nn.functional.one_hot(self.scores(vectors, head_offset).argmax(2), self.weight.shape[1])
                 nearest = nearest.to(self.sums.dtype)
-                self.new_sums[at] += torch.einsum(
+                self._noted[at] += torch.einsum(
                     "bhnc,bhnd->hcd", nearest, normalize(vectors, dim=-1).to(self.sums.dtype)
                 )
+
+    def settle(self) -> None:
+        """Count what was noted in a pass, on all ranks of a distributed run; each calls it once a pass."""
+        if torch._C._current_graph_task_id() != -1:
+            return
+        noted, self._noted = self._noted, None
+        if noted is None:
+            noted = torch.zeros_like(self.sums)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(noted)
+        with torch.no_grad():
+            self.new_sums += noted
 
     def move(self) -> None:
         """Let the centroids follow what was noted since they last did, if that may be used by now."""
         if not self._may_move or torch._C._current_graph_task_id() != -1:
             return
         self._may_move = False
+        if not self.new_sums.any():
+            return
         with torch.no_grad():
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(self.new_sums)
             self.sums.mul_(self.decay).add_(self.new_sums, alpha=1 - self.decay)
             # where nothing has come for long hardly anything is left of the average, and no direction in it
             is_held = self.sums.norm(dim=-1, keepdim=True) > 1e-6
             self.weight.copy_(torch.where(is_held, normalize(self.sums, dim=-1), self.weight))
+            self.new_sums.zero_()
+
+    def adopt(self, passes: int) -> None:
+        """Go to the mean direction of what was noted in so many passes; a centroid that nothing came near to stays."""
+        with torch.no_grad():
+            is_held = self.new_sums.norm(dim=-1, keepdim=True) > 1e-6
+            self.weight.copy_(torch.where(is_held, normalize(self.new_sums, dim=-1), self.weight))
+            # as the moving average of the passes would be
+            self.sums.copy_(torch.where(is_held, self.new_sums / passes, self.weight))
             self.new_sums.zero_()
 
     def _allow_move(self, _grad: Tensor) -> None:

@@ -11,7 +11,7 @@ from hf_sparse.patterns.routing import Centroids
 from tests.patterns.content_checks import HEADS, SCALE, WIDTH, check_against
 from tests.support import content_rules
 
-LENGTHS = (1, 2, 7, 9, 37)
+LENGTHS = (1, 2, 9, 37)
 both_ways = pytest.mark.parametrize("is_causal", [False, True])
 
 
@@ -55,8 +55,7 @@ def test_means_of_clusters_equal_the_definition(n: int, is_causal: bool) -> None
 
 
 @both_ways
-@pytest.mark.parametrize("clusters", [1, 3, 40])
-@pytest.mark.parametrize("n", [*LENGTHS, 150])
+@pytest.mark.parametrize(("n", "clusters"), [(1, 3), (2, 40), (9, 3), (37, 1), (37, 3), (37, 40), (100, 3)])
 def test_nearest_clusters_equal_the_definition(n: int, clusters: int, is_causal: bool) -> None:
     state = state_of(clusters)
 
@@ -83,6 +82,7 @@ def test_a_centroid_that_nothing_comes_near_to_stays() -> None:
     vectors = torch.tensor([[[[3.0, 4.0]]]])
     for _ in range(60):
         state.follow(vectors, vectors)
+        state.settle()
         state.move()
     assert torch.allclose(state.weight[0, 0], torch.tensor([0.6, 0.8]), atol=1e-5)
     assert torch.allclose(state.weight[0, 1], torch.tensor([-1.0, 0.0]))
