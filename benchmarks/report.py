@@ -245,7 +245,7 @@ def _plot(result: dict[str, Any], path: Path) -> str | None:
     figure, axes = pyplot.subplots(figsize=(11, 6), layout="constrained")
     dense: dict[str, Any] = {"color": "black", "linewidth": 2.5, "linestyle": "-"}
     # ten colours, each as a line of every style before the next
-    styles = cycler(color=[f"C{i}" for i in range(10)]) * cycler(linestyle=("-", "--"), linewidth=(1.5, 1.5))
+    styles = cycler(color=[f"C{i}" for i in range(10)]) * cycler(linestyle=("-", "--", ":"), linewidth=(1.5, 1.5, 1.5))
     for name, style in zip(dict.fromkeys(row["name"] for row in rows), cycle(styles), strict=False):
         points = sorted((row["n"], row["seconds"]) for row in rows if row["name"] == name)
         axes.plot(
