@@ -63,7 +63,7 @@ def run(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     is_quick = mode == "quick"
-    held: dict[str, Any] = {"lengths": LENGTHS[device, mode], "model_length": 1280 if is_quick else 4096}
+    held: dict[str, Any] = {"lengths": LENGTHS[device, mode], "model_length": 1536 if is_quick else 4096}
     held |= {"seconds": 0.0 if is_quick else 20.0, **(settings or {})}
     sections = tuple(only) or ("attention", "models", "memory")
     console = Console(stderr=as_json)
