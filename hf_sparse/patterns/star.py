@@ -23,7 +23,8 @@ class StarTransformer(Pattern):
         cyclic: whether the last token is a neighbour of the first.
 
     Source: Guo et al. 2019, arXiv:1902.09113, section 3. There the relay reads what the tokens have become in the same layer;
-    here all are updated together, so the relay is one layer behind. Tokens do not read their embedding a second time.
+    here all are updated together, so the relay is one layer behind, and the relay shares the layer's projections, where the
+    paper gives it an attention of its own. Tokens do not read their embedding a second time.
     """
 
     key: ClassVar[str] = "star"
