@@ -24,7 +24,7 @@ from hf_sparse.integration.support import FAMILIES, Family, check_obeys
 from hf_sparse.integration.vision import image_pixels, vision_family_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
-from hf_sparse.patterns.longformer import GlobalProjections
+from hf_sparse.patterns.projections import GlobalProjections
 
 # transformers reads these from config.json too, and they would take our attention's place
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -157,8 +157,9 @@ def plan_target(
         fresh={
             f"{path}.{name}": tuple(weight.shape)
             for path, module in model.named_modules()
-            if isinstance(module, Nodes | RelativeLabels)
+            if isinstance(module, Nodes | RelativeLabels | GlobalProjections)
             for name, weight in module.named_parameters()
+            if not isinstance(module, GlobalProjections) or name.startswith(module.zeros)
         },
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
         table_shape=tuple(tables[0].shape) if tables else (),
@@ -245,6 +246,8 @@ def _copies(model: nn.Module) -> dict[str, str]:
         own = dict(zip(("query", "key", "value"), projections(module), strict=True))
         for key in state.state_dict():
             part, _, kind = key.rpartition(".")
+            if part in state.zeros:
+                continue
             if part not in own or kind not in dict(own[part].named_parameters()):
                 raise ConversionError(
                     f"{path}: the pattern owns the weight {key!r}, and conversion does not know what it starts as; "

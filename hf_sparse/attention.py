@@ -16,7 +16,7 @@ from hf_sparse.node_means import with_pooled_nodes
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
-from hf_sparse.patterns.longformer import GlobalProjections
+from hf_sparse.patterns.projections import GlobalProjections, RelayProjections
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
 
@@ -201,8 +201,10 @@ def sparse_attention(
         if rows is not None and rows.is_worth_it:
             out, lse = rows.put(out, lse, _seed(dropout), scale=scale, dropout=dropout)
         else:
-            q, k, v = state(hidden_states)
-            out, lse = put_rows(out, lse, *run(q, k, v, "own"))
+            projections: Any = state
+            q, k, v = projections(hidden_states)
+            row_out, row_lse = run(q, k, v, "own")
+            out, lse = put_rows(out, lse, projections.finish(row_out), row_lse)
     return (out, lse) if return_lse else out
 
 
@@ -241,7 +243,8 @@ def _check_nodes(
         "document_ids: the documents of a row would share its nodes": document_ids is not None
         and not pattern.takes_segments,
         "cached decoding": query_positions is not None or query.shape[2] != key.shape[2],
-        "global projections; set global_projections=False": isinstance(state, GlobalProjections),
+        "global projections; set global_projections=False": isinstance(state, GlobalProjections)
+        and not isinstance(state, RelayProjections),
     }
     for what, is_given in refused.items():
         if is_given:

@@ -1,5 +1,6 @@
-"""Rows of global tokens that have projections of their own, as Longformer's have."""
+"""Rows that have projections of their own: those of Longformer's global tokens, and of Star's relays."""
 
+import dataclasses
 from typing import TypeGuard
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 from hf_sparse.backends.dropout import draw_words, mix, threshold
 from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Globals, Scope, with_global_positions
-from hf_sparse.patterns import GlobalTokens, Longformer, Pattern, parts_of
-from hf_sparse.patterns.longformer import GlobalProjections
-from hf_sparse.segments import find_segments
+from hf_sparse.patterns import GlobalTokens, Longformer, Pattern, StarTransformer, parts_of
+from hf_sparse.patterns.projections import GlobalProjections
+from hf_sparse.segments import find_segments, places
 
 
 def names_global_tokens(pattern: Pattern, *, with_projections: bool = False) -> bool:
@@ -18,8 +19,10 @@ def names_global_tokens(pattern: Pattern, *, with_projections: bool = False) -> 
 
     Args:
         pattern: the pattern.
-        with_projections: count only tokens whose rows have projections of their own.
+        with_projections: count only tokens, and nodes, whose rows have projections of their own.
     """
+    if isinstance(pattern, StarTransformer):
+        return pattern.relay_projections and with_projections
     if isinstance(pattern, Longformer):
         return bool(pattern.global_tokens) and (pattern.global_projections or not with_projections)
     if isinstance(pattern, GlobalTokens):
@@ -49,14 +52,14 @@ def put_rows(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor) -> tupl
 
 
 class FewRows:
-    """The rows of a few global tokens, computed without projecting the keys and values of all tokens.
+    """The rows of a few global tokens or nodes, computed without projecting the keys and values of all tokens.
 
     A score is ``q . (W h + b) = (q W) . h + q . b``, and an output ``p (h W + b) = (p h) W + sum(p) b``: for a few rows it is
     much less work to project the queries back, and the outputs at the end, than every token.
 
     Args:
         pattern: who reads whom.
-        scope: of a sequence as long as the batch.
+        scope: of the call.
         state: the projections.
         hidden_states: float ``[B, S, hidden_size]``.
         masks: ``key_padding_mask``, ``global_mask`` and ``document_ids``.
@@ -72,36 +75,28 @@ class FewRows:
     ) -> None:
         self.scope, self.state, self.hidden_states = scope, state, hidden_states
         batch, tokens = hidden_states.shape[:2]
+        held_tokens = pattern.num_tokens(tokens)
         is_own = torch.zeros(batch, scope.heads, tokens, dtype=torch.bool)
         sequence = torch.full((batch, tokens), -1)
         padding, global_mask, documents = masks
         segments = find_segments(
             batch,
-            tokens,
+            held_tokens,
             key_padding_mask=padding,
             global_mask=global_mask,
             document_ids=documents,
             reads_padding=pattern.reads_padding,
         )
         for number, segment in enumerate(segments):
-            at = slice(segment.start, segment.stop)
+            held = dataclasses.replace(scope, length=segment.length, nodes=pattern.num_nodes(segment.length))
+            at = torch.arange(tokens)[places(segment, held_tokens, held.nodes)]
             sequence[segment.row, at] = number
-            sequence[segment.row, at][list(segment.invalid)] = -1
-            held = Scope(
-                segment.stop - segment.start,
-                scope.heads,
-                scope.layer,
-                scope.is_causal,
-                scope.head_offset,
-                scope.num_heads,
-            )
+            sequence[segment.row, at[list(segment.invalid)]] = -1
             for part in with_global_positions(parts_of(pattern, held), segment.global_positions):
                 if isinstance(part, Globals) and part.has_projections:
                     heads = torch.tensor(sorted(part.heads or range(scope.heads)))
-                    places = torch.tensor(
-                        [segment.start + p for p in part.positions if p < held.length], dtype=torch.int64
-                    )
-                    is_own[segment.row, heads[:, None], places] = True
+                    positions = [p for p in part.positions if p < held.total]
+                    is_own[segment.row, heads[:, None], at[positions]] = True
         is_own &= (sequence >= 0)[:, None]
         self.at = is_own.any(1).any(0).nonzero()[:, 0]
         self.is_own, self.sequence = is_own[:, :, self.at], sequence
@@ -127,7 +122,7 @@ class FewRows:
             return with_unused(out, self.state), lse
         at, is_own = self.at.to(out.device), self.is_own.to(out.device)
         rows, row_lse = self._rows(seed, scale=scale, dropout=dropout)
-        rows = torch.where(is_own[..., None], rows.to(out.dtype), out[:, :, at])
+        rows = torch.where(is_own[..., None], self.state.finish(rows).to(out.dtype), out[:, :, at])
         row_lse = torch.where(is_own, row_lse.to(lse.dtype), lse[:, :, at])
         return out.index_copy(2, at, rows), lse.index_copy(2, at, row_lse)
 

@@ -136,7 +136,8 @@ class NamedPattern:
         if self.pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is not None:
             raise ValueError(
                 f"pattern {self.pattern.key!r} owns weights on each layer, so no attention name can serve it; "
-                "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False)"
+                "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False, "
+                "relay_projections=False)"
             )
         if not self.has_warned and not torch.compiler.is_compiling():
             self.has_warned = True

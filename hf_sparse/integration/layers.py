@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.entry import Entry
 from hf_sparse.patterns import Pattern
-from hf_sparse.patterns.longformer import GlobalProjections
+from hf_sparse.patterns.projections import GlobalProjections
 
 # names of the query, key and value projections of a self-attention module
 _PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
@@ -155,7 +155,7 @@ def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
             return found  # type: ignore[return-value]
     raise UnsupportedModelError(
         f"{type(module).__name__} has no separate query, key and value projections, which this pattern would copy or measure; "
-        "set global_projections=False, or max_relative_distance=0"
+        "set global_projections=False, relay_projections=False or max_relative_distance=0"
     )
 
 
@@ -174,6 +174,10 @@ def start_states(modules: list[nn.Module]) -> None:
                 for parameter, value in ((target.weight, source.weight), (target.bias, source.bias)):
                     if not getattr(parameter, "_is_hf_initialized", False):
                         parameter.copy_(value) if value is not None else parameter.zero_()
+            for name in state.zeros:
+                for parameter in getattr(state, name).parameters():
+                    if not getattr(parameter, "_is_hf_initialized", False):
+                        parameter.zero_()
 
 
 def _own_state(module: nn.Module, pattern: Pattern) -> bool:

@@ -98,8 +98,8 @@ class _Combination(Pattern):
         owned = [state for state in states if state is not None]
         if len(owned) > 1:
             raise ValueError(
-                "at most one member of a combination may own weights on a layer; set global_projections=False or "
-                "max_relative_distance=0 on the others"
+                "at most one member of a combination may own weights on a layer; set global_projections=False, "
+                "relay_projections=False or max_relative_distance=0 on the others"
             )
         return owned[0] if owned else None
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_sparse.parts import Globals, Part, Scope, Window
 from hf_sparse.patterns.global_tokens import check_positions, check_positions_fit
 from hf_sparse.patterns.parent import Pattern, check_count, check_switch
+from hf_sparse.patterns.projections import GlobalProjections
 
 
 @dataclass(frozen=True)
@@ -106,32 +107,6 @@ class Longformer(Pattern):
         if not self.global_projections:
             return None
         return GlobalProjections(hidden_size, num_heads, num_key_value_heads, head_dim)
-
-
-class GlobalProjections(nn.Module):
-    """Projections for the rows of global tokens: their queries, and the keys and values of all tokens."""
-
-    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.query = nn.Linear(hidden_size, num_heads * head_dim)
-        self.key = nn.Linear(hidden_size, num_key_value_heads * head_dim)
-        self.value = nn.Linear(hidden_size, num_key_value_heads * head_dim)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project.
-
-        Args:
-            hidden_states: float ``[B, S, hidden_size]``, what the attention layer was given.
-
-        Returns:
-            query ``[B, H, S, D]``, key and value ``[B, G, S, D]``.
-        """
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
-        return query, key, value
 
 
 def _one_or_many(value: Any, name: str, *, least: int) -> int | tuple[int, ...]:

@@ -253,7 +253,7 @@ def test_a_model_without_embeddings_to_follow_is_refused() -> None:
 
     model = GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=20))
     with pytest.raises(UnsupportedModelError, match="GPT2Model has no embeddings that nodes could be put behind"):
-        hf_sparse.sparsify_(model, STAR)
+        hf_sparse.sparsify_(model, hf_sparse.pattern("star", relay_projections=False))
 
 
 def test_global_tokens_and_nodes_serve_side_by_side() -> None:
@@ -314,5 +314,7 @@ def test_a_compiled_model_is_one_graph(name: str, is_padded: bool) -> None:
         del batch["attention_mask"]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(said(compiled, **batch).last_hidden_state, said(model, **batch).last_hidden_state)
+    outputs = [said(x, **batch).last_hidden_state for x in (compiled, model)]
+    # relays of a compiled model are projected in another order
+    assert torch.allclose(*outputs, atol=1e-5) if name == "star" else torch.equal(*outputs)
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ from tests.patterns import checks
 from tests.patterns.checks import Drawing
 from tests.support import system_rules
 
-FIELDS = "radius, num_relays, cyclic"
+FIELDS = "radius, num_relays, cyclic, relay_projections"
 OPEN = {"radius": 1, "num_relays": 2, "cyclic": False}
 DRAWINGS = {
     "ring": Drawing({}, ("xx..x x", "xxx.. x", ".xxx. x", "..xxx x", "x..xx x", "xxxxx x"), 5),
@@ -68,7 +68,7 @@ def test_there_are_as_many_nodes_as_relays() -> None:
 
 
 def test_fields_and_defaults() -> None:
-    checks.check_fields("star", {"radius": 1, "num_relays": 1, "cyclic": True})
+    checks.check_fields("star", {"radius": 1, "num_relays": 1, "cyclic": True, "relay_projections": True})
 
 
 def test_it_survives_json() -> None:
@@ -86,5 +86,6 @@ def test_bad_counts_are_refused(field: str) -> None:
     checks.check_wrong_kinds("star", field, 2.0, "2", None, True)
 
 
-def test_a_ring_is_cyclic_or_not() -> None:
-    checks.check_wrong_kinds("star", "cyclic", 1, "yes", None)
+@pytest.mark.parametrize("field", ["cyclic", "relay_projections"])
+def test_switches_are_on_or_off(field: str) -> None:
+    checks.check_wrong_kinds("star", field, 1, "yes", None)
