@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from hf_sparse.backends.dense import dense_attention, draw_edges
 from hf_sparse.backends.dropout import draw_words
+from hf_sparse.backends.flex_slots import flex_slot_attention
 from hf_sparse.backends.gather import gather_attention
-from hf_sparse.backends.slot_attention import SlotCall, slot_attention
+from hf_sparse.backends.slot_attention import slot_attention
+from hf_sparse.backends.slot_calls import SlotCall
+from hf_sparse.choice import choose_backend, cuda_backend
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import ByHead, Pattern, Union, parts_of
 from hf_sparse.patterns.content import Content, ContentPattern
@@ -34,7 +37,7 @@ class ContentCall:
         layer: index of the layer.
         head_offset: index of the first head held here.
         num_heads: heads of the whole layer.
-        backend: "gather" or "dense".
+        backend: "gather", "dense" or "flex".
         is_training: whether noise that is for training is added.
     """
 
@@ -141,6 +144,8 @@ def _attend(
         more = torch.empty(key.shape[2] - tokens, dtype=torch.int32).random_(-(1 << 31), 1 << 31, generator=generator)
         words = words[0], torch.cat([words[1], more.to(words[1].device)])
     slots = SlotCall(assignment, heads, call.is_causal, call.scale, positions, call.dropout, words, parts)
+    if call.backend == "flex":
+        return flex_slot_attention(query, key, value, slots)
     if call.backend != "dense":
         return slot_attention(query, key, value, slots)
     if assignment.is_mean:
@@ -166,6 +171,11 @@ def _by_position(
         "rows": "all",
     }
     held = {"scale": call.scale, "dropout": call.dropout}
+    if call.backend == "flex":
+        scope = Scope(key.shape[2], query.shape[1], call.layer, call.is_causal, call.head_offset, call.num_heads)
+        device = query.device.type
+        choose_backend("flex", pattern, scope, device, can_flex=True, is_plain=False, dropout=call.dropout)
+        return cuda_backend("flex")(query, key, value, *masks, call.seed, **settings, **held)
     if call.backend != "dense":
         return gather_attention(query, key, value, *masks, call.seed, **settings, **held, may_be_whole=False)
     words = None

@@ -1,5 +1,6 @@
 """Slots: blocks of queries and the keys they read, chosen by content for each row and head of a sequence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,22 +26,19 @@ class Slots:
     own: int | None = None
 
 
+# scores of which the maximum is looked at first
+_GROUP = 16
+
+# says of some blocks of a lane, by rank [X], queries [X, T] and keys [X, S], which pairs one of lower rank has: bool [X, T, S]
+Finder = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Repeats:
     """Which pairs stand together in several blocks: only the block of the lowest rank counts them."""
 
-    def of(self, lane: int, rank: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """Say which pairs a block of lower rank has.
-
-        Args:
-            lane: ``row * heads + head``.
-            rank: int64 ``[X]``, of the blocks.
-            queries: int64 ``[X, T]``, places; of none any place.
-            keys: int64 ``[X, S]``, likewise.
-
-        Returns:
-            bool ``[X, T, S]``.
-        """
+    def on(self, lane: int) -> Finder:
+        """Return what finds them on a lane, which is ``row * heads + head``; of no token any place may be named."""
         raise NotImplementedError
 
 
@@ -58,51 +56,50 @@ class Rounds(Repeats):
     keys: Tensor
     reach: int = 0
 
-    def of(self, lane: int, rank: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        found = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.bool, device=queries.device)
-        for earlier in range(int(rank.max())):
-            apart = self.queries[lane, earlier][queries][:, :, None] - self.keys[lane, earlier][keys][:, None, :]
-            is_pair = apart == 0 if not self.reach else (apart >= 0) & (apart <= self.reach)
-            found |= is_pair & (rank > earlier)[:, None, None]
-        return found
+    def on(self, lane: int) -> Finder:
+        q_blocks, k_blocks = self.queries[lane], self.keys[lane]
+
+        def find(rank: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+            found = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.bool, device=queries.device)
+            for earlier in range(int(rank.max())):
+                apart = q_blocks[earlier][queries][:, :, None] - k_blocks[earlier][keys][:, None, :]
+                is_pair = apart == 0 if not self.reach else (apart >= 0) & (apart <= self.reach)
+                found |= is_pair & (rank > earlier)[:, None, None]
+            return found
+
+        return find
 
 
 @dataclass(frozen=True, eq=False)
 class Memberships(Repeats):
-    """A token may be in any number of clusters.
+    """A token may be in any number of clusters, of which the rank is the place.
 
     Attributes:
-        queries: int64 ``[lanes, N, words]``, 62 bits each: the clusters of each token as a query.
-        keys: int64 ``[lanes, N, words]``, as a key.
+        queries: int64 ``[lanes, C, T]``, the tokens of each cluster as queries.
+        keys: int64 ``[lanes, C, S]``, as keys.
+        tokens: of the sequence.
     """
 
     queries: Tensor
     keys: Tensor
+    tokens: int
 
-    def of(self, lane: int, rank: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        found = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.bool, device=queries.device)
-        for word in range(self.queries.shape[2]):
-            below = (torch.ones_like(rank) << (rank - WORD * word).clamp(0, WORD)) - 1
-            q, k = self.queries[lane, :, word][queries], self.keys[lane, :, word][keys]
-            found |= ((q & below[:, None])[:, :, None] & k[:, None, :]) != 0
-        return found
+    def on(self, lane: int) -> Finder:
+        clusters = torch.arange(self.queries.shape[1], device=self.queries.device)
 
+        def indicators(at: Tensor) -> Tensor:
+            held = torch.zeros(self.tokens, len(clusters), device=at.device)
+            return held.index_put_((at, clusters[:, None]), torch.ones((), device=at.device))
 
-# bits of a word of memberships
-WORD = 62
+        q_is_in, k_is_in = indicators(self.queries[lane]), indicators(self.keys[lane])
 
+        def find(rank: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+            # how many clusters they share: a product, which is many times as fast as comparing
+            last = int(rank.max())
+            held = q_is_in[:, :last][queries] * (clusters[:last] < rank[:, None])[:, None]
+            return (held @ k_is_in[:, :last][keys].transpose(1, 2)) > 0
 
-def memberships(queries: Tensor, keys: Tensor) -> Memberships:
-    """Return who is in which cluster, given as bool ``[lanes, C, N]`` for queries and for keys."""
-    return Memberships(_bits(queries), _bits(keys))
-
-
-def _bits(is_member: Tensor) -> Tensor:
-    lanes, clusters, tokens = is_member.shape
-    words = -(-clusters // WORD)
-    padded = torch.nn.functional.pad(is_member, (0, 0, 0, words * WORD - clusters)).view(lanes, words, WORD, tokens)
-    bits = torch.ones((), dtype=torch.int64, device=is_member.device) << torch.arange(WORD, device=is_member.device)
-    return (padded * bits[:, None]).sum(2).transpose(1, 2).contiguous()
+        return find
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,3 +195,28 @@ def _listed(order: Tensor, first: Tensor, count: Tensor, width: int) -> Tensor:
     step = torch.arange(width, device=order.device)
     at = (first[:, None] + step).clamp(max=len(order) - 1)
     return order[at].masked_fill(step >= count[:, None], -1)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Return the places of the largest scores.
+
+    Args:
+        scores: float ``[..., N]``.
+        count: how many, at most N.
+
+    Returns:
+        int64 ``[..., count]``, ascending; of equal scores any.
+    """
+    tokens = scores.shape[-1]
+    groups = tokens // _GROUP
+    if groups < 4 * count:
+        return scores.topk(count, dim=-1, sorted=False).indices.sort(-1).values
+    # the largest are in the groups whose maxima are largest: far fewer scores are sorted
+    rest = tokens - groups * _GROUP
+    grouped = scores[..., : tokens - rest].unflatten(-1, (_GROUP, groups))
+    within = grouped.amax(-2).topk(count, dim=-1, sorted=False).indices
+    at = (within[..., None, :] + groups * torch.arange(_GROUP, device=scores.device)[:, None]).flatten(-2)
+    last = torch.arange(tokens - rest, tokens, device=scores.device).expand(*at.shape[:-1], -1)
+    at = torch.cat([at, last], -1)
+    held = scores.gather(-1, at).topk(count, dim=-1, sorted=False).indices
+    return at.gather(-1, held).sort(-1).values

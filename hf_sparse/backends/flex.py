@@ -5,7 +5,6 @@ and global tokens of every layer share one compiled function. Half precision is 
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,14 +14,12 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from hf_sparse.backends.dropout import draw_words, mix, threshold
 from hf_sparse.backends.flex_blocks import BLOCK, cached_layout, positional_layout
+from hf_sparse.backends.flex_runs import NARROWEST, check_served, uncompiled
 from hf_sparse.backends.flex_tags import Layout, Tags
 from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import pattern_from_json
 from hf_sparse.segments import Segment, find_segments
-
-# the narrowest heads that the kernels on CUDA take
-NARROWEST = 16
 
 
 class Dropped(NamedTuple):
@@ -68,7 +65,7 @@ def flex_sparse_attention(
     Raises:
         ValueError: if the device, the dtype, a width or, on the CPU, a gradient cannot be served.
     """
-    _check_served(query, key, value)
+    check_served(query, key, value)
     rule = pattern_from_json(pattern)
     batch, heads, tokens = query.shape[:3]
     keys = key.shape[2]
@@ -94,24 +91,6 @@ def flex_sparse_attention(
     _, lse = run(query, key, value[..., :NARROWEST].detach(), *settings)
     share = (kept - lse.masked_fill(lse == float("-inf"), 0.0)).exp() / (1 - dropout)
     return (out * share[..., None]).to(query.dtype), lse
-
-
-def _check_served(query: Tensor, key: Tensor, value: Tensor) -> None:
-    device = query.device.type
-    if device not in ("cuda", "cpu"):
-        raise ValueError(
-            f"backend 'flex' runs on cuda and, uncompiled, on the cpu, not on {device}; pass backend='gather'"
-        )
-    if device == "cpu":
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-            raise ValueError("backend 'flex' has no gradient on the cpu; pass backend='gather' or use torch.no_grad()")
-    elif query.dtype == torch.float64:
-        raise ValueError("backend 'flex' does not serve float64 on cuda; pass backend='gather'")
-    elif min(query.shape[3], value.shape[3]) < NARROWEST:
-        raise ValueError(
-            f"backend 'flex' needs heads of width {NARROWEST} or more on cuda, got {query.shape[3]} and {value.shape[3]}; "
-            f"pass backend='gather'"
-        )
 
 
 def _segments(
@@ -169,11 +148,7 @@ def run_compiled(*arguments: Any, backend: str | Callable[..., Any] = "inductor"
 
 def run_plainly(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Run ``attend`` uncompiled, without gradients: scores of T x S, for checking."""
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings(), torch.no_grad():
-        # that it is slow uncompiled is known
-        warnings.simplefilter("ignore", UserWarning)
-        query, key, value = (tensor.detach() for tensor in arguments[:3])
-        return attend(query, key, value, *arguments[3:])
+    return uncompiled(attend, *arguments)
 
 
 def attend(

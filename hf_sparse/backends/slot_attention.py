@@ -5,101 +5,16 @@ each block is then exact when it is given the merged output and logsumexp. Nothi
 the slots.
 """
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse.backends.kernels import LOG2_E, Kernel, without_autocast
-from hf_sparse.parts import Part
-from hf_sparse.slots import Assignment, Slots
+from hf_sparse.backends.kernels import LOG2_E, without_autocast
+from hf_sparse.backends.slot_calls import SlotCall
 
-# scores of one kernel call
-CALL_SCORES = 1 << 20
 _HUGE = 1e30
-
-
-@dataclass(eq=False)
-class SlotCall:
-    """One call over the slots of some rows of one sequence.
-
-    Attributes:
-        assignment: who reads whom.
-        heads: query heads held here.
-        is_causal: whether keys ahead of the query are left out.
-        scale: factor of the scores.
-        positions: int64 ``[N]``, logical, of the tokens; what the parts speak of. Keys from N on are no tokens: every query may
-            read them.
-        dropout: probability of dropping an attention probability.
-        words: of the dropout, int32 ``[B, H, N]`` and ``[S]``; None without it.
-        parts: a pair of tokens that one of these allows is none of ours.
-    """
-
-    assignment: Assignment
-    heads: int
-    is_causal: bool
-    scale: float
-    positions: Tensor
-    dropout: float = 0.0
-    words: tuple[Tensor, Tensor] | None = None
-    parts: tuple[Part, ...] = ()
-    kernel: Kernel = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kernel = Kernel(self.scale, self.dropout)
-        self._stretches = [_stretches(slots) for slots in self.assignment.slots]
-
-    def pieces(self, lane: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield queries ``[X, T]``, keys ``[X, S]`` and who reads whom, bool ``[X or 1, T, S]``; None for all."""
-        for slots, stretches in zip(self.assignment.slots, self._stretches, strict=True):
-            step = max(1, CALL_SCORES // max(slots.queries.shape[1] * slots.keys.shape[1], 1))
-            for first, last, has_gaps in stretches.get(lane, ()):
-                for start in range(first, last, step):
-                    at = slice(start, min(start + step, last))
-                    yield slots.queries[at], slots.keys[at], self._allowed(slots, at, lane, has_gaps)
-
-    def _allowed(self, slots: Slots, at: slice, lane: int, has_gaps: bool) -> Tensor | None:
-        queries, keys = slots.queries[at], slots.keys[at]
-        q, k = queries.clamp(min=0), keys.clamp(min=0)
-        is_token = (k < len(self.positions))[:, None, :]
-        terms = []
-        if has_gaps:
-            terms.append((queries >= 0)[:, :, None] & (keys >= 0)[:, None, :])
-        if self.is_causal:
-            terms.append((k[:, None, :] <= q[:, :, None]) | ~is_token)
-        if not self.assignment.reads_self and slots.own is None:
-            terms.append(k[:, None, :] != q[:, :, None])
-        if self.assignment.repeats is not None and slots.rank is not None and bool(slots.rank[at].any()):
-            terms.append(self.assignment.repeats.of(lane, slots.rank[at], q, k).logical_not_())
-        if self.parts:
-            head, last = lane % self.heads, len(self.positions) - 1
-            q_at, k_at = self.positions[q][:, :, None], self.positions[k.clamp(max=last)][:, None, :]
-            for part in self.parts:
-                if part.heads is None or head in part.heads:
-                    others = part.allows(q_at, k_at)
-                    terms.append(~((others[head] if others.shape[0] > 1 else others[0]) & is_token))
-        allowed = functools.reduce(torch.Tensor.logical_and_, terms) if terms else None
-        if not self.assignment.reads_self and slots.own is not None:
-            # the same pairs in every block
-            is_other = ~torch.eye(queries.shape[1], keys.shape[1], dtype=torch.bool, device=q.device).roll(
-                slots.own, 1
-            )[None]
-            allowed = is_other if allowed is None else allowed.logical_and_(is_other)
-        return allowed
-
-    def counts(self, batch: int, keys: int) -> Tensor:
-        """Return how often each query reads each key, int64 ``[B, H, N, S]``, for ``keys`` keys."""
-        device = self.positions.device
-        found = torch.zeros(batch * self.heads, len(self.positions), keys, dtype=torch.int64, device=device)
-        for lane, own in enumerate(found):
-            for queries, held, allowed in self.pieces(lane):
-                places = torch.broadcast_tensors(queries[:, :, None], held[:, None, :])
-                at = [x.flatten() if allowed is None else x[allowed.expand(x.shape)] for x in places]
-                own.index_put_(at, torch.ones_like(at[0]), accumulate=True)
-        return found.unflatten(0, (batch, self.heads))
 
 
 def slot_attention(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple[Tensor, Tensor]:
@@ -303,22 +218,3 @@ def _words(call: SlotCall, row: int, head: int, queries: Tensor, keys: Tensor) -
     if call.words is None:
         return None
     return call.words[0][row, head][queries.clamp(min=0)], call.words[1][keys.clamp(min=0)]
-
-
-def _stretches(slots: Slots) -> dict[int, list[tuple[int, int, bool]]]:
-    """Return the blocks of each lane in stretches: the first, behind the last, and whether places are missing in them.
-
-    Where whole blocks and others alternate often, a stretch holds both.
-    """
-    has_gaps = (slots.queries < 0).any(1) | (slots.keys < 0).any(1)
-    kinds = slots.lane * 2 + has_gaps
-    _, counts = torch.unique_consecutive(kinds, return_counts=True)
-    lanes = len(torch.unique_consecutive(slots.lane))
-    if len(counts) > 4 * lanes:
-        has_gaps = torch.ones_like(has_gaps)
-        _, counts = torch.unique_consecutive(slots.lane, return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    found: dict[int, list[tuple[int, int, bool]]] = {}
-    for first, last in zip([0, *ends[:-1]], ends, strict=True):
-        found.setdefault(int(slots.lane[first]), []).append((first, last, bool(has_gaps[first])))
-    return found

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from hf_sparse.patterns.content import Content, ContentPattern
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count, check_seed
-from hf_sparse.slots import Assignment, Slots, memberships, ragged
+from hf_sparse.slots import Assignment, Memberships, Slots, largest, ragged
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,25 @@ class Routing(ContentPattern):
             state = drawn.to(device=query.device, dtype=query.dtype)
         if not isinstance(state, Centroids):
             raise TypeError(f"pattern {self.key!r} needs the state that make_state makes, got {type(state).__name__}")
-        q, k = (state.scores(x, content.scope.head_offset).flatten(0, 1) for x in (query, key))
+        first, tokens, clusters = content.scope.head_offset, query.shape[2], state.weight.shape[1]
         if self.assignment == "nearest":
-            return Assignment(ragged(q.argmax(1), k.argmax(1), 64))
-        lanes, clusters, tokens = q.shape
+            q, k = (state.scores(x, first).argmax(2).flatten(0, 1) for x in (query, key))
+            return Assignment(ragged(q, k, 64))
         size = min(tokens, self.window or math.ceil(tokens / clusters))
-        q_at, k_at = (x.topk(size, dim=2).indices.sort(2).values for x in (q, k))
-        lane = torch.arange(lanes, device=q.device).repeat_interleave(clusters)
-        rank = torch.arange(clusters, device=q.device).repeat(lanes)
+        # head by head: scores of all heads at once would be most of what a call holds
+        q_at, k_at = (
+            torch.cat([largest(state.scores(x[:, h : h + 1], first + h), size) for h in range(x.shape[1])], 1).flatten(
+                0, 1
+            )
+            for x in (query, key)
+        )
+        lanes = len(q_at)
+        lane = torch.arange(lanes, device=query.device).repeat_interleave(clusters)
+        rank = torch.arange(clusters, device=query.device).repeat(lanes)
         slots = Slots(lane, q_at.flatten(0, 1), k_at.flatten(0, 1), rank)
         if self.merge == "mean":
             return Assignment((slots,), is_mean=True)
-        members = (torch.zeros_like(x, dtype=torch.bool).scatter_(2, at, True) for x, at in ((q, q_at), (k, k_at)))
-        return Assignment((slots,), None if clusters == 1 else memberships(*members))
+        return Assignment((slots,), None if clusters == 1 else Memberships(q_at, k_at, tokens))
 
     def density(self, n: int, *, heads: int = 1, layer: int = 0, is_causal: bool = False) -> float:
         size = min(n, self.window or math.ceil(n / self.num_clusters))

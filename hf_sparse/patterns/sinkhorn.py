@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,22 +86,15 @@ class Sinkhorn(ContentPattern):
         content.held["mixing"] = mixing.detach()
         if self.hard and not (torch.is_grad_enabled() and mixing.requires_grad):
             return key, value
-        if self.hard:
-            chosen = nn.functional.one_hot(mixing.argmax(-1), blocks).to(mixing.dtype)
-            # a first block under causality takes nothing
-            mixing = chosen * (mixing.detach().sum(-1, keepdim=True) > 0) + mixing - mixing.detach()
         content.held["is_mixed"] = torch.ones(())
         mixing = mixing[:, :, : self.sortcut]
         missing = blocks * self.block_size - tokens
-        mixed = (
-            torch.einsum(
-                "bhij,bhjtd->bhitd",
-                mixing,
-                nn.functional.pad(held, (0, 0, 0, missing)).unflatten(2, (blocks, self.block_size)),
-            ).flatten(2, 3)
-            for held in (key, value)
-        )
-        return tuple(torch.cat([held, new], 2) for held, new in zip((key, value), mixed, strict=True))  # type: ignore[return-value]
+        both = torch.cat([key, value], -1)
+        held = nn.functional.pad(both, (0, 0, 0, missing)).unflatten(2, (blocks, self.block_size))
+        mixed = _Strongest.apply(mixing, held) if self.hard else torch.einsum("bhij,bhjtd->bhitd", mixing, held)
+        extended: Tensor = torch.cat([both, mixed.flatten(2, 3)], 2)
+        key, value = extended.split([key.shape[3], value.shape[3]], -1)
+        return key, value
 
     def choose(self, query: Tensor, key: Tensor, content: Content) -> Assignment:
         tokens, size = query.shape[2], self.block_size
@@ -168,6 +161,29 @@ class Sinkhorn(ContentPattern):
     def _everything(self, lanes: int, tokens: int, device: torch.device) -> Assignment:
         every = torch.arange(tokens, device=device).expand(lanes, -1)
         return Assignment((Slots(torch.arange(lanes, device=device), every, every),))
+
+
+class _Strongest(torch.autograd.Function):
+    """The block of the largest share, with the gradient that a mixture by the shares would give them (straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, mixing: Tensor, held: Tensor) -> Tensor:
+        """Return blocks ``[B, H, places, T, D]`` for shares ``[B, H, places, blocks]`` and blocks ``[B, H, blocks, T, D]``."""
+        first = torch.arange(0, held.shape[0] * held.shape[1] * held.shape[2], held.shape[2], device=held.device)
+        at = (mixing.argmax(-1).flatten(0, 1) + first[:, None]).flatten()
+        # a first block under causality takes nothing
+        takes = (mixing.sum(-1) > 0).to(held.dtype)[..., None, None]
+        ctx.save_for_backward(held, at, takes)
+        return held.flatten(0, 2).index_select(0, at).unflatten(0, mixing.shape[:3]) * takes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        held, at, takes = ctx.saved_tensors
+        (grad,) = grads
+        of_mixing = torch.einsum("bhitd,bhjtd->bhij", grad, held)
+        of_held = torch.zeros_like(held)
+        of_held.view(-1, *held.shape[3:]).index_add_(0, at, (grad * takes).flatten(0, 2))
+        return of_mixing, of_held
 
 
 class SortNet(nn.Module):

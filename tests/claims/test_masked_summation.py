@@ -26,6 +26,8 @@ FLAGGED, VALUES, WIDTH, LAYERS = 4, 2, 32, 4
 SHORT, LONG = 8, 64
 BATCH, STEPS, RATE = 16, 1600, 3e-3
 SEEDS = (0, 1, 2)
+# with the relay lengths differ by less than seeds do: three would tell nothing
+MORE_SEEDS = (*SEEDS, *range(100, 108))
 PATTERNS = {
     "relay": hf_sparse.pattern("star", radius=1, cyclic=False),
     "ring": hf_sparse.pattern("band", radius=1),
@@ -98,8 +100,9 @@ def trained_error(pattern: Pattern, length: int, seed: int) -> float:
 
 
 def median_error(name: str, length: int) -> float:
-    """Return the median error over ``SEEDS`` of "relay" or "ring" at a length."""
-    return statistics.median(trained_error(PATTERNS[name], length, seed) for seed in SEEDS)
+    """Return the median error of "relay" over ``MORE_SEEDS``, or of "ring" over ``SEEDS``, at a length."""
+    seeds = MORE_SEEDS if name == "relay" else SEEDS
+    return statistics.median(trained_error(PATTERNS[name], length, seed) for seed in seeds)
 
 
 def test_the_target_is_the_sum_of_the_flagged_vectors() -> None:

@@ -167,7 +167,9 @@ def test_at_most_one_member_owns_weights(combine: checks.Combine) -> None:
     longformer = hf_sparse.pattern("longformer")
     assert combine(BAND, STRIDED).make_state(**sizes) is None
     assert isinstance(combine(BAND, longformer).make_state(**sizes), torch.nn.Module)
-    with pytest.raises(ValueError, match=r"at most one member .* set global_projections=False, .* or .*=0 on the others"):
+    with pytest.raises(
+        ValueError, match=r"at most one member .* set global_projections=False, .* or .*=0 on the others"
+    ):
         combine(longformer, longformer).make_state(**sizes)
 
 

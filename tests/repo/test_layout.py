@@ -53,7 +53,17 @@ FLOORS = {
 # hf_sparse.convert is public and lives two doors up: its import waits for the call.
 LATE_ARROWS = {("hf_sparse", "hf_sparse.conversion")}
 # Modules of backends/ that backends stand on. Any other module there is a backend, and no other backend's business.
-BENEATH_BACKENDS = {"dropout", "execute", "flex_blocks", "flex_tags", "kernels", "labels", "lanes"}
+BENEATH_BACKENDS = {
+    "dropout",
+    "execute",
+    "flex_blocks",
+    "flex_runs",
+    "flex_tags",
+    "kernels",
+    "labels",
+    "lanes",
+    "slot_calls",
+}
 KNOWS_TRANSFORMERS = {
     "hf_sparse.integration",
     "hf_sparse.conversion",
