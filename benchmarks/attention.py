@@ -68,7 +68,7 @@ def patterns_at(n: int) -> dict[str, Pattern]:
         "routing, sqrt(N) clusters": make("routing", num_clusters=stride),
         "reformer, chunk 64, 2 hashes": make("reformer", num_hashes=2),
         "reformer, shared keys, chunk 64, 1 hash": make("reformer", num_hashes=1, shared_query_key=True),
-        "sinkhorn, block 64, hard": make("sinkhorn", hard=True),
+        "sinkhorn, block 256, hard": make("sinkhorn", block_size=256, hard=True),
     }
 
 

@@ -146,10 +146,8 @@ class Models:
         return module, lambda: module(hidden, **masks)
 
     def _reformer_layer(self, hidden: Tensor) -> tuple[nn.Module, Callable[[], Any]]:
-        pattern = hf_sparse.pattern("reformer", num_hashes=1, chunk_length=64, shared_query_key=True)
-        model: Any = hf_sparse.sparsify_(copy.deepcopy(self.models[DENSE_MODEL]), pattern)
-        module = model.encoder.layer[0].attention.self
-        return module, lambda: module(hidden)
+        module = SharedKeyLayer().to(device=self.device, dtype=self.dtype)
+        return module, lambda: (module(hidden),)
 
     def _lsh_layer(self, hidden: Tensor) -> tuple[nn.Module, Callable[[], Any]]:
         config = ReformerConfig(
@@ -167,6 +165,22 @@ class Models:
         )
         module = LSHSelfAttention(config).to(device=self.device, dtype=self.dtype).eval()
         return module, lambda: module(hidden)
+
+
+class SharedKeyLayer(nn.Module):
+    """Our Reformer with the two projections that the in-tree layer has: queries are keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pattern = hf_sparse.pattern("reformer", num_hashes=1, chunk_length=64, shared_query_key=True)
+        self.query, self.value = nn.Linear(HIDDEN, HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``[B, N, HIDDEN]`` for hidden states of that shape."""
+        query, value = (layer(hidden).unflatten(2, (12, 64)).transpose(1, 2) for layer in (self.query, self.value))
+        out: Any = hf_sparse.sparse_attention(query, query, value, self.pattern)
+        attended: Tensor = out.transpose(1, 2).flatten(2)
+        return attended
 
 
 def converted(model: Any, pattern: Pattern) -> Any:

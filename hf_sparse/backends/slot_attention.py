@@ -54,18 +54,22 @@ class _SlotAttention(torch.autograd.Function):
 def _forward(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple[Tensor, Tensor]:
     q, k, v = _exact(query, key, value)
     batch, heads, tokens = q.shape[:3]
-    out, lse = q.new_zeros(batch, heads, tokens, v.shape[3]), q.new_full((batch, heads, tokens), float("-inf"))
+    out, lse = q.new_empty(batch, heads, tokens, v.shape[3]), q.new_empty(batch, heads, tokens)
+    parts, sums = _Rows(q, v.shape[3]), _Rows(q, 1)
+    merge = _mean if call.assignment.is_mean else _merged
     for lane, row, head, group in _lanes(q, k):
         own = q[row, head] * call.kernel.query_factor, k[row, group], v[row, group]
-        parts = []
+        places = []
         for queries, keys, allowed in call.pieces(lane):
             held = _tensors(own, queries, keys)
             part, part_lse = call.kernel.forward(*held, _term(allowed, q), _words(call, row, head, queries, keys))
-            parts.append((queries.flatten(), part.flatten(0, 1).clone(), part_lse.flatten().clone()))
-        if parts:
-            at, part, part_lse = (torch.cat(held) for held in zip(*parts, strict=True))
-            merge = _mean if call.assignment.is_mean else _merged
-            out[row, head], lse[row, head] = merge(at, part, part_lse, tokens)
+            places.append(queries.flatten())
+            parts.room(*queries.shape).copy_(part)
+            sums.room(*queries.shape).copy_(part_lse[..., None])
+        if places:
+            out[row, head], lse[row, head] = merge(torch.cat(places), parts.take(), sums.take()[:, 0], tokens)
+        else:
+            out[row, head], lse[row, head] = 0.0, float("-inf")
     return out, lse
 
 
@@ -87,10 +91,11 @@ def _backward(
             delta = delta - grad_lse
         top = lse.masked_fill(lse == float("-inf"), _HUGE)
         dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        q_rows, k_rows, v_rows = (_Rows(t, t.shape[3]) for t in (q, k, v))
         for lane, row, head, group in _lanes(q, k):
             own = q[row, head] * call.kernel.query_factor, k[row, group], v[row, group]
             share = _share(call, lane, own, row, head, g.shape[2]) if call.assignment.is_mean else None
-            parts: list[list[Tensor]] = [[], [], [], [], []]
+            q_at, k_at = [], []
             for queries, keys, allowed in call.pieces(lane):
                 held, words = _tensors(own, queries, keys), _words(call, row, head, queries, keys)
                 term, at = _term(allowed, q), queries.clamp(min=0)
@@ -103,21 +108,18 @@ def _backward(
                     own_delta = (grad * part).sum(-1) / call.kernel.grad_factor
                     own_top = part_lse.masked_fill(part_lse == float("-inf"), _HUGE)
                 scores, weights = call.kernel.backward(grad, *held, term, words, own_delta, own_top)
-                found = (
-                    queries,
-                    (scores @ held[1]).mul_(call.scale),
-                    keys,
-                    (scores.transpose(1, 2) @ held[0]).div_(LOG2_E),
-                    weights.transpose(1, 2) @ grad,
-                )
-                for list_, tensor in zip(parts, found, strict=True):
-                    list_.append(tensor.flatten(0, 1))
-            if parts[0]:
-                q_at, dq_own, k_at, dk_own, dv_own = (torch.cat(held) for held in parts)
-                own_sums = _Sums(q_at, q.shape[2]), _Sums(k_at, k.shape[2])
-                dq[row, head] = own_sums[0](dq_own)
-                dk[row, group] += own_sums[1](dk_own)
-                dv[row, group] += own_sums[1](dv_own)
+                q_at.append(queries.flatten())
+                k_at.append(keys.flatten())
+                torch.bmm(scores, held[1], out=q_rows.room(*queries.shape))
+                torch.bmm(scores.transpose(1, 2), held[0], out=k_rows.room(*keys.shape))
+                torch.bmm(weights.transpose(1, 2), grad, out=v_rows.room(*keys.shape))
+            if q_at:
+                dq[row, head] = _Sums(torch.cat(q_at), q.shape[2])(q_rows.take())
+                sums = _Sums(torch.cat(k_at), k.shape[2])
+                dk[row, group] += sums(k_rows.take())
+                dv[row, group] += sums(v_rows.take())
+        dq.mul_(call.scale)
+        dk.div_(LOG2_E)
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
 
 
@@ -151,6 +153,33 @@ def _mean(at: Tensor, part: Tensor, part_lse: Tensor, tokens: int) -> tuple[Tens
     count = sums(reads)
     lse = torch.zeros_like(count).masked_fill(count == 0, float("-inf"))
     return sums(reads * part) / count.clamp(min=1), lse[:, 0]
+
+
+class _Rows:
+    """Rows collected piece by piece, lane after lane in the same memory: asked for anew it would cost as much as the work.
+
+    Args:
+        like: of what dtype and where.
+        width: of a row.
+    """
+
+    def __init__(self, like: Tensor, width: int) -> None:
+        self._held, self._count = like.new_empty(0, width), 0
+
+    def room(self, blocks: int, size: int) -> Tensor:
+        """Return room for more rows, ``[blocks, size, width]``."""
+        first, last = self._count, self._count + blocks * size
+        if last > len(self._held):
+            more = self._held.new_empty(2 * last, self._held.shape[1])
+            more[:first] = self._held[:first]
+            self._held = more
+        self._count = last
+        return self._held[first:last].view(blocks, size, -1)
+
+    def take(self) -> Tensor:
+        """Return the rows ``[Y, width]``, good until the next ``room``, and begin anew."""
+        last, self._count = self._count, 0
+        return self._held[:last]
 
 
 class _Sums:

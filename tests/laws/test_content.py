@@ -261,7 +261,7 @@ def test_means_of_clusters_are_refused_where_they_mean_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"backend": "flex"}, "does not serve backend 'flex'; pass 'gather'"),
+        ({"backend": "varlen"}, "does not serve backend 'varlen'; pass 'gather'"),
         ({"softcap": 3.0}, "does not serve softcap"),
         ({"query_positions": torch.zeros(1, 21, dtype=torch.int64)}, "does not serve cached decoding"),
         ({"backend": "fast"}, "unknown backend 'fast'"),
