@@ -112,16 +112,16 @@ def test_buckets_of_distances_equal_the_definition() -> None:
 
 
 def test_sampled_picks_come_as_often_as_they_are_likely() -> None:
-    state, rows = predictor(heads=1), 4000
+    state, rows = predictor(heads=1), 20000
     hidden = hidden_of(3, rows=1).expand(rows, -1, -1)
-    nodes = Nodes(hidden, hidden)
+    nodes, weights = Nodes(hidden, hidden), dict(state.state_dict())
     torch.manual_seed(0)
     picks = state.pick(nodes, 2, heads=ALL, is_causal=False, is_sampled=True)[:, 0, 1]
     for pair in itertools.permutations(range(3), 2):
-        likely = sac_rules.log_probability(dict(state.state_dict()), hidden[0], hidden[0], 0, 1, pair, is_causal=False)
-        share = (picks == torch.tensor(pair)).all(1).double().mean().item()
+        log = sac_rules.log_probability(weights, hidden[0], hidden[0], 0, 1, pair, is_causal=False)
+        likely, share = log.exp().item(), (picks == torch.tensor(pair)).all(1).double().mean().item()
         # five standard deviations
-        assert abs(share - likely.exp().item()) < 5 * (0.25 / rows) ** 0.5
+        assert abs(share - likely) < 5 * (likely * (1 - likely) / rows) ** 0.5
 
 
 @both_ways
