@@ -69,6 +69,7 @@ def patterns_at(n: int) -> dict[str, Pattern]:
         "reformer, chunk 64, 2 hashes": make("reformer", num_hashes=2),
         "reformer, shared keys, chunk 64, 1 hash": make("reformer", num_hashes=1, shared_query_key=True),
         "sinkhorn, block 256, hard": make("sinkhorn", block_size=256, hard=True),
+        "sac, block 64, 128 edges, radius 64": make("sac"),
     }
 
 
@@ -90,6 +91,17 @@ def tensors_at(n: int, device: str) -> tuple[list[Tensor], Tensor]:
         torch.randn(1, HEADS, n, WIDTH, generator=generator).to(device=device, dtype=dtype) for _ in range(4)
     )
     return [leaf.requires_grad_() for leaf in leaves], grad
+
+
+def state_of(pattern: Pattern | None, n: int, device: str) -> dict[str, Any]:
+    """Return what attention is given beside tensors where a pattern picks by hidden states: its weights, and these."""
+    if pattern is None or pattern.key != "sac":
+        return {}
+    width = HEADS * WIDTH
+    state = pattern.make_state(hidden_size=width, num_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    hidden = torch.randn(1, n, width, generator=torch.Generator().manual_seed(1)).to(device=device, dtype=dtype)
+    return {"state": state.to(device=device, dtype=dtype), "hidden_states": hidden}  # type: ignore[union-attr]
 
 
 def run_once(attend: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor, what: str) -> None:
@@ -128,6 +140,7 @@ def cells_at(n: int, device: str, mode: str) -> Iterator[Cell]:
     """Yield what is timed at a length."""
     forward, both, dropped = DENSE_LIMITS[device, mode]
     patterns = patterns_at(n)
+    given = {name: state_of(pattern, n, device) for name, pattern in patterns.items()}
     tensors = {total: tensors_at(total, device) for total in {n, *(positions_of(p, n) for p in patterns.values())}}
     leaves, grad = tensors[n]
     for what in (FORWARD, BOTH):
@@ -140,7 +153,9 @@ def cells_at(n: int, device: str, mode: str) -> Iterator[Cell]:
                 dense: Any = functools.partial(scaled_dot_product_attention, dropout_p=dropout)
                 yield _cell(DENSE, dense, leaves, grad, what, {**facts, "density": 1.0})
             for name, pattern in patterns.items():
-                attend: Any = functools.partial(hf_sparse.sparse_attention, pattern=pattern, dropout=dropout)
+                attend: Any = functools.partial(
+                    hf_sparse.sparse_attention, pattern=pattern, dropout=dropout, **given[name]
+                )
                 said = str(hf_sparse.explain(pattern, n, heads=HEADS, dropout=dropout, device=device))
                 density = pattern.density(n, heads=HEADS)
                 held = tensors[positions_of(pattern, n)]

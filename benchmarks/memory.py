@@ -18,6 +18,7 @@ from hf_sparse.benchmarks.attention import (
     patterns_at,
     positions_of,
     run_once,
+    state_of,
     tensors_at,
 )
 
@@ -44,13 +45,18 @@ def peak_memory(name: str, n: int, device: str) -> int:
 def _measure(name: str, n: int, device: str, threads: int | None) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
-    attend: Any = scaled_dot_product_attention
     pattern = patterns_at(n).get(name)
-    if pattern is not None:
-        attend = functools.partial(hf_sparse.sparse_attention, pattern=pattern)
+
+    def attend_at(tokens: int) -> Any:
+        if pattern is None:
+            return scaled_dot_product_attention
+        held = state_of(pattern, tokens, device)
+        return functools.partial(hf_sparse.sparse_attention, pattern=pattern, **held)
+
     total = positions_of(pattern, n)
     # what is imported or compiled when it is first used is no memory of the call
-    run_once(attend, *tensors_at(positions_of(pattern, 256), device), BOTH)
+    run_once(attend_at(256), *tensors_at(positions_of(pattern, 256), device), BOTH)
+    attend = attend_at(n)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from hf_sparse.choice import explain
 from hf_sparse.errors import ConversionError, HfSparseError, UnsupportedModelError
 from hf_sparse.integration.auto import register_configs
 from hf_sparse.integration.calibrate import calibrate_
+from hf_sparse.integration.imitate import imitate_
 from hf_sparse.integration.nodes import keep_nodes
 from hf_sparse.integration.register import register_attention
 from hf_sparse.integration.sentences import sentence_ids
@@ -105,6 +106,7 @@ __all__ = [
     "calibrate_",
     "convert",
     "explain",
+    "imitate_",
     "keep_nodes",
     "pattern",
     "pattern_from_dict",

@@ -14,6 +14,7 @@ from hf_sparse.backends.gather import gather_attention
 from hf_sparse.backends.slot_attention import slot_attention
 from hf_sparse.backends.slot_calls import SlotCall
 from hf_sparse.choice import choose_backend, cuda_backend
+from hf_sparse.global_rows import with_unused
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import ByHead, Pattern, Union, parts_of
 from hf_sparse.patterns.content import Content, ContentPattern
@@ -98,7 +99,7 @@ def content_attention(
             drawn = None if words is None else (words[0][rows][:, :, at], words[1][at])
             hidden = None if call.hidden_states is None else call.hidden_states[rows][:, at]
             scope = Scope(len(positions), q.shape[1], call.layer, call.is_causal, call.head_offset, call.num_heads)
-            known = Content(scope, call.state, hidden, not is_real.any(), call.is_training)
+            known = Content(scope, call.state, hidden, not is_real.any(), call.is_training, scale=call.scale, rows=rows)
             out[rows, :, at], lse[rows, :, at] = _attend(
                 held[0], held[1], held[2], content, rest, segment, positions, known, call, drawn
             )
@@ -108,6 +109,8 @@ def content_attention(
             out, lse = _united((out, lse), _by_position(q, k, v, rest, call))
         if content.self_is_last_resort:
             out, lse = _with_self(out, lse, q, k, v, scale, is_real)
+        if call.state is not None:
+            out = with_unused(out, call.state)
     return out.to(query.dtype), lse
 
 
@@ -205,13 +208,15 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, pattern: ByHead, call: C
 
 
 def _split(pattern: Pattern) -> tuple[ContentPattern | None, Pattern | None]:
-    """Return the content-based member of a pattern and the others."""
+    """Return the content-based member of a pattern, and what is read beside it."""
     members = pattern.patterns if isinstance(pattern, Union) else (pattern,)
     content = [member for member in members if member.is_content_based]
     others = tuple(member for member in members if not member.is_content_based)
     if len(content) > 1 or any(not isinstance(member, ContentPattern) for member in content):
         named = ", ".join(repr(member.key) for member in content)
         raise ValueError(f"at most one member of a union may be content-based, got {named}; by_head can hold several")
+    if content and content[0].always is not None:  # type: ignore[attr-defined]
+        others = (content[0].always, *others)  # type: ignore[attr-defined]
     rest = None if not others else others[0] if len(others) == 1 else Union(others)
     return (content[0] if content else None), rest  # type: ignore[return-value]
 

@@ -22,6 +22,7 @@ from hf_sparse.patterns.parent import Pattern
 from hf_sparse.patterns.random_blocks import RandomBlocks
 from hf_sparse.patterns.reformer import Reformer
 from hf_sparse.patterns.routing import Routing
+from hf_sparse.patterns.sac import SAC
 from hf_sparse.patterns.sinkhorn import Sinkhorn
 from hf_sparse.patterns.sparse_transformer import SparseTransformer
 from hf_sparse.patterns.star import StarTransformer
@@ -48,6 +49,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         Routing,
         Reformer,
         Sinkhorn,
+        SAC,
     )
 }
 
@@ -118,6 +120,7 @@ def _tuples(value: Any) -> Any:
 __all__ = [
     "ETC",
     "PATTERNS",
+    "SAC",
     "Axial",
     "BPTransformer",
     "Band",

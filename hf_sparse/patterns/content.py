@@ -22,6 +22,8 @@ class Content:
         hidden_states: float ``[B, N, hidden_size]``, what the attention layer was given, where there is a state.
         is_first: whether these are the first sequences of a call.
         is_training: whether noise that is for training is added.
+        scale: factor of the scores.
+        rows: which of the batch these are.
         held: what a pattern keeps from ``extend`` for ``choose``.
     """
 
@@ -30,6 +32,8 @@ class Content:
     hidden_states: Tensor | None = None
     is_first: bool = True
     is_training: bool = False
+    scale: float = 1.0
+    rows: slice = field(default_factory=lambda: slice(None))
     held: dict[str, Tensor] = field(default_factory=dict)
 
     def draw(self, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
@@ -98,6 +102,11 @@ class ContentPattern(Pattern):
         """
 
     @property
+    def always(self) -> Pattern | None:
+        """What is read as well whatever the content, a pair counting once; None where nothing is."""
+        return None
+
+    @property
     def self_is_last_resort(self) -> bool:
         """Whether a query that reads nothing else reads itself."""
         return False
@@ -111,3 +120,24 @@ class ContentPattern(Pattern):
     def density(self, n: int, *, heads: int = 1, layer: int = 0, is_causal: bool = False) -> float:
         """Return at most how many edges there are, over ``n**2``: pairs that stand in a block, counted as often as they do."""
         raise NotImplementedError
+
+
+def block_sums(vectors: Tensor, size: int) -> Tensor:
+    """Return the sums of blocks of ``[..., N, D]``, ``[..., blocks, D]``; the last block may be shorter."""
+    blocks = -(-vectors.shape[-2] // size)
+    filled = nn.functional.pad(vectors, (0, 0, 0, blocks * size - vectors.shape[-2]))
+    return filled.unflatten(-2, (blocks, size)).sum(-2)
+
+
+def block_means(vectors: Tensor, size: int) -> Tensor:
+    """Return the means of blocks of ``[..., N, D]``, ``[..., blocks, D]``; the last block may be shorter."""
+    sums = block_sums(vectors, size)
+    counts = torch.full((sums.shape[-2], 1), float(size), dtype=vectors.dtype, device=vectors.device)
+    counts[-1] = vectors.shape[-2] - (sums.shape[-2] - 1) * size
+    return sums / counts
+
+
+def up_to_first(vectors: Tensor, size: int) -> Tensor:
+    """Return the mean of all vectors up to the first of each block, that one included, ``[..., blocks, D]``."""
+    steps = torch.arange(1, vectors.shape[-2] + 1, device=vectors.device, dtype=vectors.dtype)
+    return (vectors.cumsum(-2) / steps[:, None])[..., ::size, :]

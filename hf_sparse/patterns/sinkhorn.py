@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.patterns.content import Content, ContentPattern
+from hf_sparse.patterns.content import Content, ContentPattern, block_means, block_sums, up_to_first
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count, check_switch
 from hf_sparse.slots import Assignment, Slots, cut
 
@@ -131,8 +131,8 @@ class Sinkhorn(ContentPattern):
         tokens, size = query.shape[2], self.block_size
         blocks = -(-tokens // size)
         if self.sort_net == "attention":
-            asked = _up_to_first(query, size) if is_causal else _block_means(query, size)
-            scores = torch.einsum("bhid,bhjd->bhij", asked, _block_means(key, size)) / math.sqrt(query.shape[3])
+            asked = up_to_first(query, size) if is_causal else block_means(query, size)
+            scores = torch.einsum("bhid,bhjd->bhij", asked, block_means(key, size)) / math.sqrt(query.shape[3])
         else:
             if not isinstance(state, SortNet) or content.hidden_states is None:
                 raise ValueError("sort_net='learned' needs the state that make_state makes, and hidden_states")
@@ -222,11 +222,7 @@ class SortNet(nn.Module):
         blocks = -(-hidden_states.shape[1] // size)
         if blocks > self.max_blocks:
             raise ValueError(f"{blocks} blocks are more than max_blocks={self.max_blocks} of the learned sort_net")
-        if is_causal:
-            pooled = hidden_states.cumsum(1)[:, ::size]
-        else:
-            missing = blocks * size - hidden_states.shape[1]
-            pooled = nn.functional.pad(hidden_states, (0, 0, 0, missing)).unflatten(1, (blocks, size)).sum(2)
+        pooled = hidden_states.cumsum(1)[:, ::size] if is_causal else block_sums(hidden_states, size)
         weights = [(layer.weight.to(pooled.dtype), layer.bias.to(pooled.dtype)) for layer in (self.inner, self.outer)]
         hidden = nn.functional.linear(pooled, *weights[0]).relu()
         scores = nn.functional.linear(hidden, *weights[1]).unflatten(-1, (self.heads, self.max_blocks))
@@ -259,22 +255,6 @@ def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
         if iterations:
             held = normalized(held, -2)
     return held.exp().masked_fill(is_barred, 0.0)
-
-
-def _block_means(vectors: Tensor, size: int) -> Tensor:
-    """Return the means of the blocks of ``[B, H, N, D]``, ``[B, H, blocks, D]``; the last block may be shorter."""
-    tokens = vectors.shape[2]
-    blocks = -(-tokens // size)
-    sums = nn.functional.pad(vectors, (0, 0, 0, blocks * size - tokens)).unflatten(2, (blocks, size)).sum(3)
-    counts = torch.full((blocks, 1), float(size), dtype=vectors.dtype, device=vectors.device)
-    counts[-1] = tokens - (blocks - 1) * size
-    return sums / counts
-
-
-def _up_to_first(vectors: Tensor, size: int) -> Tensor:
-    """Return the mean of all vectors up to the first of each block, that one included."""
-    steps = torch.arange(1, vectors.shape[2] + 1, device=vectors.device, dtype=vectors.dtype)
-    return (vectors.cumsum(2) / steps[:, None])[:, :, ::size]
 
 
 def _once(keys: Tensor, tokens: int) -> Tensor:

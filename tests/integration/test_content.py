@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 import hf_sparse
 from hf_sparse.patterns import Pattern
+from hf_sparse.patterns.edge_predictor import EdgePredictor
 from hf_sparse.patterns.routing import Centroids
 from hf_sparse.patterns.sinkhorn import SortNet
 from tests.support.models import tiny_batch, tiny_model
@@ -29,6 +30,8 @@ PATTERNS = {
     "routing_mean": hf_sparse.pattern("routing", num_clusters=4, merge="mean"),
     "sinkhorn": hf_sparse.pattern("sinkhorn", block_size=8),
     "sinkhorn_learned": LEARNED,
+    "sac": hf_sparse.pattern("sac", block_size=8, edges_per_token=16, radius=2),
+    "sac_token": hf_sparse.pattern("sac", granularity="token", edges_per_token=3, radius=0) | BAND,
     "some_heads": hf_sparse.by_head({range(2): BAND, range(2, 4): hf_sparse.pattern("routing", num_clusters=4)}),
 }
 FAMILIES = ("Bert", "DistilBert")
@@ -78,7 +81,7 @@ def test_padding_and_neighbours_change_nothing(pattern: Pattern, family: str) ->
 @all_patterns
 def test_saving_and_loading_twice_keeps_all(pattern: Pattern, tmp_path: Path) -> None:
     model, batch = sparse(pattern, "Roberta", "ForMaskedLM"), tiny_batch(N)
-    for state in (*states(model), *states(model, SortNet)):
+    for state in (*states(model), *states(model, SortNet), *states(model, EdgePredictor)):
         for tensor in (*state.parameters(), *state.buffers()):
             nn.init.normal_(tensor)
     model.save_pretrained(tmp_path / "one")
@@ -104,7 +107,7 @@ def test_a_dense_checkpoint_converts_and_each_load_is_the_same(pattern: Pattern,
     assert (report.wide_open_difference is not None and report.wide_open_difference < 1e-4) == is_comparable
 
 
-@pytest.mark.parametrize("name", [name for name in PATTERNS if "sinkhorn" not in name])
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name.split("_")[0] not in ("sinkhorn", "sac")])
 def test_training_goes_on_with_the_edges_of_evaluation(name: str) -> None:
     model, batch = sparse(PATTERNS[name]), tiny_batch(N)
     before = said(model, **batch)
@@ -112,7 +115,7 @@ def test_training_goes_on_with_the_edges_of_evaluation(name: str) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("name", ["reformer_shared", "routing", "sinkhorn_learned", "some_heads"])
+@pytest.mark.parametrize("name", ["reformer_shared", "routing", "sinkhorn_learned", "sac", "some_heads"])
 def test_recomputed_activations_give_equal_gradients_and_centroids(name: str, use_reentrant: bool) -> None:
     plain, batch = sparse(PATTERNS[name], "Bert", "ForMaskedLM"), tiny_batch(N)
     again = copy.deepcopy(plain)
@@ -278,7 +281,7 @@ def test_a_sorting_net_that_is_too_small_says_so() -> None:
         small.check(num_layers=2, num_heads=4, length=256)
 
 
-@pytest.mark.parametrize("name", ["reformer", "routing", "sinkhorn"])
+@pytest.mark.parametrize("name", ["reformer", "routing", "sinkhorn", "sac"])
 def test_a_compiled_model_says_the_same(name: str) -> None:
     model, batch = sparse(PATTERNS[name]), tiny_batch(N)
     torch._dynamo.reset()

@@ -30,7 +30,7 @@ def test_a_name_serves_a_dense_model_for_this_process(key: str) -> None:
     want = hf_sparse.sparsify_(tiny_model("Bert", "ForMaskedLM"), PATTERNS[key]())
     AttentionInterface._global_mapping[f"hf_sparse:{key}"].has_warned = False
     model.set_attn_implementation(f"hf_sparse:{key}")
-    if key in ("longformer", "routing"):
+    if key in ("longformer", "routing", "sac"):
         with pytest.raises(ValueError, match="owns weights on each layer"):
             logits(model, batch)
         return

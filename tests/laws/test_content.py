@@ -1,5 +1,6 @@
 """The laws for content-based patterns: backends agree, padding and packing change nothing, nothing comes from ahead."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 import hf_sparse
-from tests.pattern_cases import HEADS, attention
+from hf_sparse.patterns.edge_predictor import EdgePredictor
+from tests.pattern_cases import HEADS
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths, assert_within_rounding
 from tests.support.softmax import random_tensors
@@ -28,6 +30,8 @@ PATTERNS = {
     "sinkhorn_hard": _make("sinkhorn", block_size=8, hard=True),
     "sinkhorn_sortcut": _make("sinkhorn", block_size=8, sortcut=2),
     "sinkhorn_sortcut_hard": _make("sinkhorn", block_size=8, sortcut=3, hard=True),
+    "sac": _make("sac", block_size=8, edges_per_token=16, radius=3),
+    "sac_token": _make("sac", granularity="token", edges_per_token=4, radius=0),
 }
 UNITED = {
     "with_band": lambda pattern: pattern | BAND,
@@ -37,10 +41,23 @@ UNITED = {
 }
 MEAN = _make("routing", num_clusters=5, merge="mean")
 # of these a prefix gives what it gives alone
-STABLE = ("reformer_stable", "routing_nearest", "sinkhorn", "sinkhorn_hard")
+STABLE = ("reformer_stable", "routing_nearest", "sinkhorn", "sinkhorn_hard", "sac", "sac_token")
 all_patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 CAUSAL = {name: pattern for name, pattern in PATTERNS.items() if "sortcut" not in name}
 causal_patterns = pytest.mark.parametrize("pattern", CAUSAL.values(), ids=CAUSAL)
+
+
+def attention(pattern: hf_sparse.Pattern, **settings: Any) -> Callable[..., Any]:
+    """Return the library's attention; a predictor is given, in the place of hidden states, what each token asks."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        held = settings
+        if '"sac"' in pattern.json:
+            state = EdgePredictor(WIDTH * HEADS, HEADS, 8)
+            held = {"state": state, "hidden_states": query.transpose(1, 2).flatten(2), **settings}
+        return hf_sparse.sparse_attention(query, key, value, pattern, **held)
+
+    return attend
 
 
 def both_backends(pattern: hf_sparse.Pattern, tensors: Any, **settings: Any) -> list[list[Tensor]]:
@@ -150,6 +167,9 @@ def test_rows_of_a_padded_batch_equal_rows_alone(pattern: hf_sparse.Pattern, is_
 @all_patterns
 def test_padding_inside_a_row_is_not_there(pattern: hf_sparse.Pattern) -> None:
     n, hole = 30, [4, 5, 11]
+    if pattern.key == "sac":
+        # a band counts positions, those of the hole too
+        pattern = hf_sparse.pattern_from_dict({**pattern.to_dict(), "radius": 0})
     tensors = random_tensors(tokens=n, width=WIDTH)
     is_real = torch.ones(1, n, dtype=torch.bool)
     is_real[0, hole] = False
@@ -197,7 +217,9 @@ def test_layers_and_heads_and_seeds_differ_and_repeat(pattern: hf_sparse.Pattern
     first = attention(pattern)(query, key, value)
     torch.rand(7)
     assert torch.equal(attention(pattern)(query, key, value), first)
-    if pattern.key == "sinkhorn" or "one_chunk" in str(pattern) or pattern == PATTERNS["reformer_one_chunk"]:
+    if pattern.key == "sac":
+        assert not torch.equal(first[:, 0], first[:, 1])
+    if pattern.key in ("sinkhorn", "sac") or "one_chunk" in str(pattern) or pattern == PATTERNS["reformer_one_chunk"]:
         return
     assert not torch.equal(first[:, 0], first[:, 1])
     held = {**pattern.to_dict(), "seed": 5}
@@ -210,7 +232,8 @@ def test_layers_and_heads_and_seeds_differ_and_repeat(pattern: hf_sparse.Pattern
 def test_heads_held_apart_are_those_of_the_whole(pattern: hf_sparse.Pattern) -> None:
     tensors = random_tensors(tokens=21, width=WIDTH)
     whole = attention(pattern)(*tensors)
-    part = attention(pattern, head_offset=1, num_heads=HEADS)(*(t[:, 1:3] for t in tensors))
+    held = {"hidden_states": tensors[0].transpose(1, 2).flatten(2)} if pattern.key == "sac" else {}
+    part = attention(pattern, head_offset=1, num_heads=HEADS, **held)(*(t[:, 1:3] for t in tensors))
     assert_same_maths(part, whole[:, 1:3], terms=21 + WIDTH)
 
 
@@ -228,8 +251,9 @@ def test_half_precision_is_as_exact_as_dense(pattern: hf_sparse.Pattern, dtype: 
 
 
 @pytest.mark.parametrize(
-    "pattern", [_make("reformer"), _make("routing"), _make("sinkhorn"), _make("reformer", prefix_stable=True, num_buckets=2)],
-    ids=["reformer", "routing", "sinkhorn", "reformer_stable"],
+    "pattern", [_make("reformer"), _make("routing"), _make("sinkhorn"), _make("reformer", prefix_stable=True, num_buckets=2),
+                _make("sac", block_size=8)],
+    ids=["reformer", "routing", "sinkhorn", "reformer_stable", "sac"],
 )  # fmt: skip
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_wide_open_equals_dense(pattern: hf_sparse.Pattern, is_causal: bool) -> None:
