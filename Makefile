@@ -2,7 +2,8 @@
 # make test      installs what the tests need, lints, checks types, runs the tests
 # make test-all  the same and the slow tests
 # make docs      installs what the pictures need and writes docs/patterns.md and docs/patterns/
-# make systems   installs what the demo needs, scores every text system on its task and writes that part of docs/patterns.md
+# make systems   installs what the demo needs, scores every text system on its task and writes that part of docs/patterns.md; KEYS="star etc"
+#                scores the rows of these alone
 # make bench     installs what the benchmark needs and runs it; MODE=full for all of it, DEVICE=cuda on a GPU
 #
 # TORCH_INDEX=<address> takes torch, at the version of constraints.txt, from that package index first: the way to a CPU build on
@@ -14,6 +15,7 @@
 TORCH_INDEX ?=
 TEST_EXTRAS := dev,demo,bench
 MODE ?= quick
+KEYS ?=
 DEVICE ?= cpu
 
 PYTHON := .venv/bin/python
@@ -34,7 +36,7 @@ docs: .venv/.installed-plot
 	$(PYTHON) -m hf_sparse.gallery
 
 systems: .venv/.installed-demo
-	$(PYTHON) -m hf_sparse.demo.systems
+	$(PYTHON) -m hf_sparse.demo.systems $(KEYS)
 
 test: lint
 	$(PYTHON) -m pytest

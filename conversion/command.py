@@ -32,6 +32,14 @@ def convert_command(
         list[str] | None,
         typer.Option("--layer", help='LAYER=PATTERN or LAYER=dense, as in "3=dense". May be repeated.'),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="A plain text in UTF-8; the centroids of routing move to where SRC's queries and keys are on it.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, all of it, if it is not empty.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the result, its pattern wide open, with SRC.")
@@ -44,6 +52,7 @@ def convert_command(
     \b
     Example:
       hf-sparse convert roberta-base roberta-4096 --pattern longformer --set window=512 --max-length 4096
+      hf-sparse convert roberta-base roberta-4096 --pattern "routing|band" --max-length 4096 --calibrate book.txt
     """
     from hf_sparse.conversion.convert import convert
 
@@ -54,6 +63,7 @@ def convert_command(
         max_length=max_length,
         image_size=None if image_size is None else _read_size(image_size),
         layers=dict(_read_layer(text) for text in layers or ()),
+        calibrate=calibrate,
         overwrite=overwrite,
         verify=verify,
         revision=revision,

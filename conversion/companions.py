@@ -38,7 +38,7 @@ _FOREIGN_FILES = (
     ),
     *("*.mlmodel", "*.pb", "*.npz", "*.pkl", "trainer_state.json"),
 )
-_VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.json", "sentencepiece.bpe.model", "spiece.model")
+VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.json", "sentencepiece.bpe.model", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _rewritten(
             form: dict[str, Any] = {"separators": (",", ":")} if path.name == "tokenizer.json" else {"indent": 2}
             rewritten[path] = json.dumps(held, ensure_ascii=False, **form) + "\n"
     named = inner / "tokenizer_config.json"
-    if named not in carried and any(path.name in _VOCABULARIES and path.parent == inner for path in carried):
+    if named not in carried and any(path.name in VOCABULARIES and path.parent == inner for path in carried):
         made: dict[str, Any] = {} if length is None else {"model_max_length": length}
         _name_tokenizer(made, checkpoint, target)
         if made:
@@ -182,7 +182,7 @@ def _name_tokenizer(held: dict[str, Any], checkpoint: Checkpoint, target: Target
 def _separator(checkpoint: Checkpoint, carried: list[PurePosixPath]) -> int | None:
     """Return the id of the tokenizer's separator, for a config that does not name it."""
     inner = PurePosixPath(checkpoint.inner)
-    has_one = any(path.parent == inner and path.name in _VOCABULARIES for path in carried)
+    has_one = any(path.parent == inner and path.name in VOCABULARIES for path in carried)
     if not has_one or checkpoint.config.get("sep_token_id") is not None:
         return None
     try:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from torch import Tensor
+
 from hf_sparse.conversion import shards
+from hf_sparse.conversion.calibration import calibrated, plan_calibration
 from hf_sparse.conversion.companions import Companions, plan_companions
 from hf_sparse.conversion.destination import check_destination, check_space, partial_folder
 from hf_sparse.conversion.model_card import card
@@ -31,6 +34,7 @@ def convert(
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
     revision: str | None = None,
@@ -42,14 +46,19 @@ def convert(
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     wanted = check_destination(destination, source=checkpoint.root, overwrite=overwrite)
     target = plan_target(checkpoint, pattern, max_length=max_length, image_size=image_size, layers=layers)
-    weights = plan_weights(checkpoint, target)
+    calibration = None if calibrate is None else plan_calibration(calibrate, checkpoint, target)
+    centroids: dict[str, Tensor] = {}
+    weights = plan_weights(checkpoint, target, None if calibration is None else centroids)
     companions = plan_companions(checkpoint, target, raises_limits=(max_length, image_size) != (None, None))
     size = sum(shard.size for shard in weights.shards) + companions.size
     density = _density(target)
     check_space(wanted, size)
+    if calibration is not None:
+        # before anything is written, and after all that can be refused
+        centroids.update(calibrated(checkpoint, target, calibration))
     with partial_folder(wanted, overwrite=overwrite) as folder:
         with counting(size, progress) as count:
-            _write(folder, checkpoint, target, weights, companions, count)
+            _write(folder, checkpoint, target, weights, companions, count, is_calibrated=calibration is not None)
         difference, note = None, "not compared: verify was off"
         if verify:
             difference, note = wide_open_difference(checkpoint.folder, folder / checkpoint.inner, target)
@@ -74,6 +83,7 @@ def convert(
         density=density,
         wide_open_difference=difference,
         wide_open_note=note,
+        calibration=None if calibration is None else calibration.note,
         seconds=time.monotonic() - started,
     )
 
@@ -85,6 +95,8 @@ def _write(
     weights: PlannedWeights,
     companions: Companions,
     count: Callable[[int], None],
+    *,
+    is_calibrated: bool,
 ) -> None:
     """Write everything the destination holds."""
     inner = folder / checkpoint.inner
@@ -103,7 +115,8 @@ def _write(
     for path, text in companions.rewritten.items():
         (folder / path).write_text(text, encoding="utf-8")
     held = (folder / _README).read_text(encoding="utf-8") if _README in companions.carried else None
-    text = card(held, name=_public_name(checkpoint), inner=checkpoint.inner, target=target)
+    name = _public_name(checkpoint)
+    text = card(held, name=name, inner=checkpoint.inner, target=target, is_calibrated=is_calibrated)
     (folder / _README).write_text(text, encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from hf_sparse.conversion.report import inputs_in_words
 from hf_sparse.conversion.target import Target
 
 
-def card(held: str | None, *, name: str, inner: str, target: Target) -> str:
+def card(held: str | None, *, name: str, inner: str, target: Target, is_calibrated: bool = False) -> str:
     """Return a README with a section on the conversion behind what it says already.
 
     Args:
@@ -14,6 +14,7 @@ def card(held: str | None, *, name: str, inner: str, target: Target) -> str:
         name: of the source.
         inner: where the transformer lies in the checkpoint, "" for the top.
         target: what it became.
+        is_calibrated: whether its centroids were moved on a text.
     """
     pattern = json.dumps(target.entry.to_dict()["pattern"])
     architecture = target.architectures[0]
@@ -22,11 +23,12 @@ def card(held: str | None, *, name: str, inner: str, target: Target) -> str:
     before = inputs_in_words(target.length_before, target.image_size_before)
     if target.image_size is None:
         after, before = f"up to {after}", before.removesuffix(" tokens")
+    calibrated = "\nIts centroids were moved to the queries and keys that it has on a text." if is_calibrated else ""
     section = f"""## Converted to sparse attention
 
 This checkpoint was converted with `hf_sparse` from the dense `{architecture}` of `{name}`, and not trained since.
 It reads {after}, where the dense one reads {before}.
-Its attention follows `{pattern}`.
+Its attention follows `{pattern}`.{calibrated}
 
 ```python
 import hf_sparse  # registers the sparse classes; without it the next line raises

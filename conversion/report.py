@@ -35,7 +35,7 @@ class ConversionReport:
         moved: parameters that stay as they were, byte for byte.
         tiled: parameters of the tables of positions, as long as they are now, tiled for text and interpolated for images;
             none where the length stays.
-        added: parameters that start as copies of others.
+        added: parameters that start as copies of others, and centroids that were calibrated.
         dropped: buffers of older versions that were left out; models make them anew.
         files_carried: files beside the weights and config.json, as they were but for the limits.
         files_raised: those of them whose limits of length were raised, or that gained a field.
@@ -45,6 +45,7 @@ class ConversionReport:
         wide_open_difference: the largest absolute difference between outputs of the source and of the destination with
             every pattern wide open; None where they were not compared.
         wide_open_note: what was compared, or why not.
+        calibration: what was calibrated on which text, in words; None where nothing was.
         seconds: how long it took.
     """
 
@@ -67,6 +68,7 @@ class ConversionReport:
     density: float
     wide_open_difference: float | None
     wide_open_note: str
+    calibration: str | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +102,7 @@ class ConversionReport:
             ("files carried", _listed(self.files_carried)),
             ("limits raised in", _listed(self.files_raised)),
             ("files left behind", _listed(self.files_left_behind)),
+            *([("calibrated", self.calibration)] if self.calibration else []),
             ("wide open", self._wide_open()),
             ("seconds", f"{self.seconds:.1f}"),
         ]
@@ -122,10 +125,11 @@ class ConversionReport:
 
     def __str__(self) -> str:
         tiled = "tiled" if self.image_size is None else "interpolated"
+        calibrated = f"Calibrated: {self.calibration}. " if self.calibration else ""
         return (
             f"Converted {self.source} to {self.destination} ({self.model_type}, pattern {self.pattern['key']}): reads "
             f"{self._reads()} where it read {self._reads(before=True)}, and {self.density:.2%} of all pairs at that length. "
-            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. Wide open: "
+            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. {calibrated}Wide open: "
             f"{self._wide_open()}. {self.seconds:.1f} s."
         )
 

@@ -25,6 +25,7 @@ from hf_sparse.integration.vision import image_pixels, vision_family_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.projections import GlobalProjections
+from hf_sparse.patterns.routing import Centroids
 
 # transformers reads these from config.json too, and they would take our attention's place
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -45,6 +46,7 @@ class Target:
         length: longest input of the destination, in tokens.
         copies: maps the names of weights that are added to the names of those they start as copies of, as the class has them.
         fresh: shapes of the weights that are added as zeros, by their names in the class.
+        centroids: shapes of what a calibration may set, by name in the class; added by a calibration alone.
         shapes: of the weights of the dense class, by name.
         table_shape: of the destination's table of positions; () where there is none.
         renamings: what transformers renames as it loads the dense class.
@@ -60,6 +62,7 @@ class Target:
     length: int
     copies: dict[str, str]
     fresh: dict[str, tuple[int, ...]]
+    centroids: dict[str, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]]
     table_shape: tuple[int, ...]
     renamings: tuple[Any, ...]
@@ -160,6 +163,12 @@ def plan_target(
             if isinstance(module, Nodes | RelativeLabels | GlobalProjections)
             for name, weight in module.named_parameters()
             if not isinstance(module, GlobalProjections) or name.startswith(module.zeros)
+        },
+        centroids={
+            f"{path}.{name}": tuple(buffer.shape)
+            for path, module in model.named_modules()
+            if isinstance(module, Centroids)
+            for name, buffer in module.named_buffers()
         },
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
         table_shape=tuple(tables[0].shape) if tables else (),

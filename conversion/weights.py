@@ -1,13 +1,14 @@
 """Which tensors are carried, tiled, added and dropped, shard by shard."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_sparse.conversion.names import Spelling
 from hf_sparse.conversion.report import Count
@@ -52,7 +53,7 @@ class PlannedWeights:
         index: what the index of the shards is to hold; None where there is one file.
         moved: tensors that stay as they are.
         tiled: tables of positions that become longer, with the numbers they then have.
-        added: tensors that start as copies or as zeros.
+        added: tensors that start as copies or as zeros, and centroids that were calibrated.
         dropped: tensors that are left out.
     """
 
@@ -64,8 +65,15 @@ class PlannedWeights:
     dropped: Count
 
 
-def plan_weights(checkpoint: Checkpoint, target: Target) -> PlannedWeights:
+def plan_weights(
+    checkpoint: Checkpoint, target: Target, centroids: Mapping[str, Tensor] | None = None
+) -> PlannedWeights:
     """Say what becomes of every tensor.
+
+    Args:
+        checkpoint: the source.
+        target: what it becomes.
+        centroids: holds what ``target.centroids`` names by the time that the shards are written; None adds nothing of it.
 
     Raises:
         ConversionError: if the checkpoint lacks a tensor that is needed, or one has an unexpected shape.
@@ -86,6 +94,8 @@ def plan_weights(checkpoint: Checkpoint, target: Target) -> PlannedWeights:
             made["tiled" if is_tiled else "moved"].append(prod(pieces[-1].shape))
             added = [_carry(tensor, name) for name in copies.get(tensor.name, ())]
             if _is_table(tensor, target):
+                if centroids is not None:
+                    added += _centroids(tensor, target, spelling, centroids)
                 added += _fresh(tensor, target, spelling)
             made["added"] += [prod(piece.shape) for piece in added]
             pieces += added
@@ -144,6 +154,20 @@ def _fresh(tensor: StoredTensor, target: Target, spelling: Spelling) -> Iterator
         size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
         zeros = functools.partial(_zeros, size)
         yield Piece(spelling.spell(name, like=beside), tensor.dtype, shape, size, zeros)
+
+
+def _centroids(tensor: StoredTensor, target: Target, spelling: Spelling, held: Mapping[str, Tensor]) -> Iterator[Piece]:
+    """Yield what a calibration set, in the type of the position table, beside which it is named."""
+    beside = next(name for name in target.shapes if name.endswith(target.position_suffix))
+    kind = tensor.dtype if tensor.dtype in _DTYPES else "F32"
+    for name, shape in target.centroids.items():
+        size = _DTYPES[kind].itemsize * prod(shape)
+        chunks = functools.partial(_bytes_of, held, name, _DTYPES[kind])
+        yield Piece(spelling.spell(name, like=beside), kind, shape, size, chunks)
+
+
+def _bytes_of(held: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Iterator[bytes]:
+    yield held[name].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _zeros(size: int) -> Iterator[bytes]:

@@ -33,6 +33,7 @@ def convert(
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
     revision: str | None = None,
@@ -55,6 +56,10 @@ def convert(
         image_size: for a model that reads images, in the place of ``max_length``: pixels of the largest image wanted, or
             its (height, width). The positions are then interpolated, and the sizes of the image processor raised.
         layers: maps a layer ("3" or a number) to a pattern or to "dense".
+        calibrate: a plain text in UTF-8, read as one text whatever its lines are and cut into pieces as long as the
+            destination's longest text; of a long one the first 32,768 tokens. Where the pattern is ``routing`` its
+            centroids are moved to where the source's queries and keys are on it, by five steps of ``calibrate_``, and
+            saved with the weights. None leaves them at random directions.
         overwrite: whether a destination that is not empty is replaced, all of it.
         verify: whether the result, its patterns wide open, is compared with the source.
         revision: branch, tag or commit on the Hub.
@@ -66,7 +71,8 @@ def convert(
         What was moved, tiled, added and left behind, the density, and the largest difference from the source.
 
     Raises:
-        ConversionError: if the source cannot be read, the destination cannot be written or the two do not agree.
+        ConversionError: if the source cannot be read, the destination cannot be written or the two do not agree; if the
+            text to calibrate on is missing, empty or not UTF-8, or there is nothing to calibrate.
         UnsupportedModelError: if the model type cannot be converted; says why.
         ValueError: if the pattern, a layer, ``max_length`` or ``image_size`` does not fit the checkpoint.
     """
@@ -79,6 +85,7 @@ def convert(
         max_length=max_length,
         image_size=image_size,
         layers=layers,
+        calibrate=calibrate,
         overwrite=overwrite,
         verify=verify,
         revision=revision,
