@@ -38,11 +38,14 @@ docs: .venv/.installed-plot
 systems: .venv/.installed-demo
 	$(PYTHON) -m hf_sparse.demo.systems $(KEYS)
 
+# One process a core, each on one thread.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal
+
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 test-all: lint
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # mypy names a module by its folder, and the folders beside the package install under another one: it gets a tree of links with the
 # installed names.
