@@ -1,0 +1,25 @@
+"""Metrics of the recipes: scripts of ``evaluate`` that ship with the package, so that none is downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import evaluate
+
+METRICS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__"))
+
+
+def load_metric(name: str, **settings: Any) -> evaluate.EvaluationModule:
+    """Return a metric: one of ours by its name, else the one of that name on the Hub.
+
+    Args:
+        name: one of ``METRICS``, or an id on the Hub such as "org/metric"; a name without "/" is never asked for there.
+        settings: of ``evaluate.load``, such as ``config_name`` or ``process_id``.
+
+    Raises:
+        ValueError: if the name is neither.
+    """
+    if name in METRICS:
+        return evaluate.load(str(Path(__file__).parent / f"{name}.py"), **settings)
+    if "/" not in name:
+        raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}; one on the Hub is named as owner/name")
+    return evaluate.load(name, **settings)
