@@ -10,7 +10,8 @@ A dense BERT of two layers is trained first, until it copies: from scratch that 
 model sparse is what this package is for. Its first layer is a band of 3 tokens, so that what a token knows in the second is
 itself and its neighbours, and all copying is up to the second. That layer is then given a content-based pattern, and the model
 trained on. The control starts from the same weights and reads the same texts with the same pattern, but for its choice:
-clusters, buckets and places are drawn once for each head, whatever the text says.
+clusters, buckets, places and edges are drawn once for each head, whatever the text says. The predictors of SAC learn to pick
+what the dense layer attends to before they are trained on, with the policy loss.
 """
 
 import statistics
@@ -31,9 +32,11 @@ import hf_sparse
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.content import Content
+from hf_sparse.patterns.edge_predictor import EdgePredictor, Nodes
 from hf_sparse.patterns.reformer import Reformer
 from hf_sparse.patterns.routing import Routing
 from hf_sparse.patterns.sinkhorn import Sinkhorn
+from hf_sparse.recipes.policy import PolicyLoss
 
 PASSAGE, PAIRS = 16, 4
 N = 2 * PAIRS * PASSAGE
@@ -44,6 +47,10 @@ DENSE_STEPS, DENSE_RATE = 1200, 3e-3
 STEPS, RATE, WARM_UP = 80, 1e-3, 30
 # steps of which the loss is averaged
 ENDS = 20
+IMITATED_BATCHES, IMITATION_STEPS = 20, 200
+# of the policy loss, beside the loss of the task
+POLICY_WEIGHT = 0.1
+NAMES = ("routing", "reformer", "sinkhorn", "sac")
 SEEDS = (0, 1, 2)
 BAND = hf_sparse.pattern("band", radius=1)
 
@@ -56,6 +63,7 @@ def patterns(seed: int) -> dict[str, Pattern]:
         "routing": hf_sparse.pattern("routing", num_clusters=8, seed=seed) | BAND,
         "reformer": hf_sparse.pattern("reformer", num_hashes=1, chunk_length=16, seed=seed) | BAND,
         "sinkhorn": hf_sparse.pattern("sinkhorn", block_size=PASSAGE),
+        "sac": hf_sparse.pattern("sac", block_size=PASSAGE, edges_per_token=PASSAGE, radius=1),
     }
 
 
@@ -110,8 +118,10 @@ def fresh_model() -> BertForMaskedLM:
     return model
 
 
-def train(model: BertForMaskedLM, steps: int, rate: float, seed: int) -> list[float]:
-    """Train in place, and return the loss of each step."""
+def train(
+    model: BertForMaskedLM, steps: int, rate: float, seed: int, *, policy: PolicyLoss | None = None
+) -> list[float]:
+    """Train in place, by the policy loss as well if there is one, and return the task's loss of each step."""
     torch.manual_seed(seed)
     drawn = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate, fused=True)
@@ -120,14 +130,24 @@ def train(model: BertForMaskedLM, steps: int, rate: float, seed: int) -> list[fl
     for _ in range(steps):
         ids, asked = copied_passages(BATCH, drawn)
         logits = model.cls(model.bert(ids).last_hidden_state[asked >= 0])
-        loss = nn.functional.cross_entropy(logits, asked[asked >= 0])
+        each = nn.functional.cross_entropy(logits, asked[asked >= 0], reduction="none")
+        loss = each.mean()
         optimizer.zero_grad()
-        loss.backward()
+        if policy is None:
+            loss.backward()
+        else:
+            (loss + POLICY_WEIGHT * policy(-by_row(each.detach(), asked >= 0))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
     return losses
+
+
+def by_row(losses: Tensor, is_asked: Tensor) -> Tensor:
+    """Return the mean loss of each text, float ``[B]``, of those of what is asked: bool ``[B, N]``, each text something."""
+    held = torch.zeros(is_asked.shape).masked_scatter(is_asked, losses)
+    return held.sum(1) / is_asked.sum(1)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +162,7 @@ def dense() -> dict[str, Tensor]:
 
 @contextmanager
 def frozen_at_random(seed: int) -> Iterator[None]:
-    """Let the three patterns choose by numbers drawn once for each layer and head, in the place of queries and keys."""
+    """Let the four patterns choose by numbers drawn once for each layer and head, in the place of queries and keys."""
 
     def drawn(like: Tensor, content: Content) -> Tensor:
         return content.draw(tuple(like.shape[2:]), seed + 1000, like).expand_as(like)
@@ -154,6 +174,16 @@ def frozen_at_random(seed: int) -> Iterator[None]:
         taken = torch.empty_like(order).scatter_(1, order, order.roll(1, 1))
         return nn.functional.one_hot(taken, blocks).to(query.dtype).expand(len(query), -1, -1, -1)
 
+    def picks(
+        self: EdgePredictor, nodes: Nodes, steps: int, *, heads: slice, is_causal: bool, is_sampled: bool
+    ) -> Tensor:
+        batch, count = nodes.offered.shape[:2]
+        # only one layer has predictors
+        scores = torch.rand(HEADS, count, count, generator=torch.Generator().manual_seed(seed + 1000))
+        # never its own, as above
+        scores.diagonal(dim1=1, dim2=2).fill_(-1.0)
+        return scores.argsort(2, descending=True)[heads, :, :steps].expand(batch, -1, -1, -1)
+
     with pytest.MonkeyPatch.context() as patch:
         for cls in (Routing, Reformer):
             own = cls.choose
@@ -161,6 +191,7 @@ def frozen_at_random(seed: int) -> Iterator[None]:
                 cls, "choose", lambda self, q, k, content, own=own: own(self, *[drawn(q, content)] * 2, content)
             )
         patch.setattr(Sinkhorn, "mixing", places)
+        patch.setattr(EdgePredictor, "pick", picks)
         yield
 
 
@@ -169,11 +200,15 @@ def losses_of(name: str, seed: int, weights: dict[str, Tensor], *, is_control: b
     model = fresh_model()
     model.load_state_dict(weights)
     hf_sparse.sparsify_(model, patterns(seed)[name], layers={0: BAND})
+    generator = torch.Generator().manual_seed(seed + 500)
     if name == "routing":
-        ids, _ = copied_passages(BATCH, torch.Generator().manual_seed(seed + 500))
-        hf_sparse.calibrate_(model.bert, [{"input_ids": ids}])
+        hf_sparse.calibrate_(model.bert, [{"input_ids": copied_passages(BATCH, generator)[0]}])
     if not is_control:
-        return train(model, STEPS, RATE, seed)
+        if name != "sac":
+            return train(model, STEPS, RATE, seed)
+        batches = [{"input_ids": copied_passages(BATCH, generator)[0]} for _ in range(IMITATED_BATCHES)]
+        hf_sparse.imitate_(model.bert, batches, steps=IMITATION_STEPS)
+        return train(model, STEPS, RATE, seed, policy=PolicyLoss(model.bert))
     with frozen_at_random(seed):
         return train(model, STEPS, RATE, seed)
 
@@ -184,7 +219,9 @@ def edges(name: str, query: Tensor, key: Tensor) -> Tensor:
     if isinstance(own, Sinkhorn):
         return nn.functional.one_hot(own.mixing(query, key, Content(Scope(N, HEADS))).argmax(-1), 2 * PAIRS).bool()
     value = torch.eye(N).expand(*query.shape[:2], -1, -1)
-    weights = hf_sparse.sparse_attention(query, key, value, own)
+    state = own.make_state(hidden_size=WIDTH, num_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH // HEADS)
+    given = {} if state is None else {"state": state, "hidden_states": query.transpose(1, 2).flatten(2)}
+    weights = hf_sparse.sparse_attention(query, key, value, own, **given)
     assert isinstance(weights, Tensor)
     return weights > 0
 
@@ -200,7 +237,7 @@ def test_every_passage_stands_twice_and_a_seventh_is_masked() -> None:
         assert agree.sum(1).min() >= 2
 
 
-@pytest.mark.parametrize("name", ["routing", "reformer", "sinkhorn"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_control_reads_as_much_and_whatever_the_text_says(name: str) -> None:
     query = torch.randn(8, HEADS, N, 32, generator=torch.Generator().manual_seed(0))
     chosen = edges(name, query, query)
@@ -220,7 +257,7 @@ def test_the_control_reads_as_much_and_whatever_the_text_says(name: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", ["routing", "reformer", "sinkhorn"])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_learns_and_more_than_with_edges_frozen_at_random(name: str, seed: int, dense: dict[str, Tensor]) -> None:
     found = [losses_of(name, seed, dense, is_control=is_control) for is_control in (False, True)]
     (first, last), (first_control, last_control) = (
