@@ -3,7 +3,7 @@
 The claim is about a model trained at each length, as in the paper. One that is trained on short sequences and asked for
 long ones is another question, and is not asked here.
 
-The two models have the same layers, the same first weights and the same readout, the last state of the token in the middle.
+The two models have the same layers, with the same first weights, and are read alike, at the last state of the token in the middle.
 They differ in the relay alone: the ring is open in both. Four layers of radius 1 bring all 8 tokens of a short sequence to
 the middle, so there no relay is needed; of the 64 of a long one they bring 9.
 
