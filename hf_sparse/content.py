@@ -99,7 +99,9 @@ def content_attention(
             drawn = None if words is None else (words[0][rows][:, :, at], words[1][at])
             hidden = None if call.hidden_states is None else call.hidden_states[rows][:, at]
             scope = Scope(len(positions), q.shape[1], call.layer, call.is_causal, call.head_offset, call.num_heads)
-            known = Content(scope, call.state, hidden, not is_real.any(), call.is_training, scale=call.scale, rows=rows)
+            known = Content(
+                scope, call.state, hidden, not is_real.any(), call.is_training, call.scale, rows, query.shape[0]
+            )
             out[rows, :, at], lse[rows, :, at] = _attend(
                 held[0], held[1], held[2], content, rest, segment, positions, known, call, drawn
             )

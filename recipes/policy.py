@@ -48,7 +48,9 @@ class PolicyLoss:
         self._decay = decay
         for state in self._states:
             state.is_recording = True
-        model.register_forward_pre_hook(self._forget)
+        # of a model with a head the base may be called by itself
+        for module in dict.fromkeys((model, getattr(model, "base_model", model))):
+            module.register_forward_pre_hook(self._forget)
 
     def __call__(self, reward: float | Tensor) -> Tensor:
         """Return the loss, and take off what was picked.
@@ -65,11 +67,13 @@ class PolicyLoss:
         """
         records = [(state, record) for state in self._states for record in state.records]
         if not records:
-            raise ValueError("no edges were picked since the last call; call the model in training mode first")
-        rows = max(record.rows.stop for _, record in records)
+            raise ValueError(
+                "no edges were picked since the last call; call the model first, in training mode and on a batch with tokens"
+            )
+        rows = records[0][1].batch
         like = records[0][1].nodes.offered
         held = torch.as_tensor(reward).detach().to(like)
-        if held.dim() > 1 or (held.dim() == 1 and len(held) < rows):
+        if held.dim() > 1 or (held.dim() == 1 and len(held) != rows):
             raise ValueError(f"reward must be a number or one for each of {rows} rows, got shape {list(held.shape)}")
         if not held.isfinite().all():
             raise ValueError(f"reward must be finite, got {reward}")

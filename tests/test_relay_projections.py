@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 import hf_sparse
+from hf_sparse.global_rows import FewRows
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.projections import RelayProjections
 from tests.pattern_cases import BACKENDS, attention
@@ -21,7 +22,8 @@ from tests.support.rounding import assert_same_maths
 from tests.support.softmax import attend_by_rows, random_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HEADS, KEY_HEADS, WIDTH, HIDDEN, RELAYS = 4, 2, 3, 6, 2
+# so wide that the projections of relays are folded
+HEADS, KEY_HEADS, WIDTH, HIDDEN, RELAYS = 4, 2, 3, 16, 2
 STAR = hf_sparse.pattern("star", num_relays=RELAYS)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -108,6 +110,15 @@ def test_rows_of_a_padded_batch_equal_rows_alone(backend: str) -> None:
     wanted = with_gradients(functools.partial(oracle, mask, (n, n + 1)), inputs)
     for one, other in zip(with_gradients(layer.given, inputs), wanted, strict=True):
         assert_same_maths(one, other, terms=8 * (n + RELAYS) + HIDDEN)
+
+
+def test_relays_are_few_enough_to_be_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = FewRows.put
+    seen: list[int] = []
+    monkeypatch.setattr(FewRows, "put", lambda self, *args, **kwargs: seen.append(1) or put(self, *args, **kwargs))
+    layer = Layer(STAR)
+    layer.given(*inputs_of(7, 1, layer))
+    assert seen == [1]
 
 
 def test_dropout_falls_on_the_same_pairs_on_each_backend() -> None:

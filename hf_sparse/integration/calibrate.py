@@ -6,7 +6,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_sparse.patterns.parent import check_count
 from hf_sparse.patterns.routing import Centroids
+
+
+def checked_batches(batches: Iterable[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+    """Return batches as a list.
+
+    Raises:
+        TypeError: if one is not what a model is called with.
+    """
+    held = [batches] if isinstance(batches, Mapping) else list(batches)
+    for batch in held:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"a batch is a mapping such as a tokenizer returns, got {type(batch).__name__}")
+    return held
 
 
 def calibrate_(
@@ -28,15 +42,15 @@ def calibrate_(
 
     Raises:
         ValueError: if the model has no centroids, or there is nothing to read.
+        TypeError: if a batch is not what a model is called with, or ``iterations`` is no int.
     """
     states = [module for module in model.modules() if isinstance(module, Centroids)]
-    held = list(batches)
+    held = checked_batches(batches)
     if not states:
         raise ValueError(f"{type(model).__name__} has no centroids: none of its layers has the pattern 'routing'")
     if not held:
         raise ValueError("calibration needs at least one batch")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    check_count(iterations, "iterations", least=1)
     was_training = model.training
     model.eval()
     try:
@@ -47,6 +61,8 @@ def calibrate_(
             with torch.no_grad():
                 for batch in held:
                     model(**batch)
+            if not any(state.new_sums.any() for state in states):
+                raise ValueError("calibration needs texts: the batches hold no tokens")
             for state in states:
                 state.adopt(len(held))
     finally:

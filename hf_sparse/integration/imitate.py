@@ -1,13 +1,16 @@
 """Imitation: predictors of edges learn to pick what a dense layer attends to, before any other training."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_sparse.integration.calibrate import checked_batches
 from hf_sparse.patterns.edge_predictor import EdgePredictor, Record
+from hf_sparse.patterns.parent import check_count
 
 
 def imitate_(
@@ -36,21 +39,23 @@ def imitate_(
         The same model, in the mode it was in.
 
     Raises:
-        ValueError: if the model has no predictors of edges, or there is nothing to learn from.
+        ValueError: if the model has no predictors of edges, there is nothing to learn from, or learning diverges.
+        TypeError: if a batch is not what a model is called with, or ``steps`` is no int.
     """
     states = [module for module in model.modules() if isinstance(module, EdgePredictor)]
-    held = list(batches)
+    held = checked_batches(batches)
     if not states:
         raise ValueError(f"{type(model).__name__} has no predictors of edges: none of its layers has the pattern 'sac'")
     if not held:
         raise ValueError("imitation needs at least one batch")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
+    check_count(steps, "steps", least=1)
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
     noted = [lines for lines in _noted(model, states, held) if any(lines)]
     if not noted:
-        raise ValueError("there is nothing to imitate: the texts are so short that every node is picked")
+        raise ValueError(
+            "there is nothing to imitate: the batches hold no tokens, or texts so short that every node is picked"
+        )
     # of float32 whatever the model's dtype; the model's own change at the end, all or none
     learners = [copy.deepcopy(state).float().requires_grad_() for state in states]
     optimizer = torch.optim.Adam([p for learner in learners for p in learner.parameters()], lr=learning_rate)
@@ -61,6 +66,8 @@ def imitate_(
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
+    if not all(p.isfinite().all() for learner in learners for p in learner.parameters()):
+        raise ValueError(f"imitation diverged and changed nothing; lower learning_rate={learning_rate}")
     for state, learner in zip(states, learners, strict=True):
         state.load_state_dict(learner.state_dict())
     return model

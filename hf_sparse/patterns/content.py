@@ -24,6 +24,7 @@ class Content:
         is_training: whether noise that is for training is added.
         scale: factor of the scores.
         rows: which of the batch these are.
+        batch: rows of the batch.
         held: what a pattern keeps from ``extend`` for ``choose``.
     """
 
@@ -34,6 +35,7 @@ class Content:
     is_training: bool = False
     scale: float = 1.0
     rows: slice = field(default_factory=lambda: slice(None))
+    batch: int = 1
     held: dict[str, Tensor] = field(default_factory=dict)
 
     def draw(self, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:

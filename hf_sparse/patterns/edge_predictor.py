@@ -31,6 +31,7 @@ class Record:
 
     Attributes:
         rows: of the batch.
+        batch: how many rows that has.
         heads: of the layer.
         nodes: what the predictor saw; without a gradient.
         picks: int64 ``[B, H, n, steps]``, destinations of each source as they were picked; -1 from where there are none.
@@ -38,6 +39,7 @@ class Record:
     """
 
     rows: slice
+    batch: int
     heads: slice
     nodes: Nodes
     picks: Tensor

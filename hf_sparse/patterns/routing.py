@@ -209,6 +209,8 @@ class Centroids(nn.Module):
         noted, self._noted = self._noted, None
         if noted is None:
             noted = torch.zeros_like(self.sums)
+        # a pass that overflowed has no directions, and what is not finite would stay in the averages for ever
+        noted = noted.nan_to_num(0.0, posinf=0.0, neginf=0.0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(noted)
         with torch.no_grad():

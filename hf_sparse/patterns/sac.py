@@ -81,7 +81,7 @@ class SAC(ContentPattern):
         nodes = self._nodes(content.hidden_states.to(query.dtype), scope.is_causal)
         if state.is_imitating and steps < len(places):
             picks = self._strongest(query, key, content, steps)
-            state.records.append(Record(content.rows, heads, nodes, picks, scope.is_causal))
+            state.records.append(Record(content.rows, content.batch, heads, nodes, picks, scope.is_causal))
         if state.is_imitating or steps == len(places):
             picks = places.new_zeros(*query.shape[:2], len(places), 0)
             read = self._everything(query)
@@ -90,7 +90,7 @@ class SAC(ContentPattern):
             read = self._read(places, picks)
         # what is computed again for its gradient was recorded the first time
         if state.is_recording and content.is_training and torch._C._current_graph_task_id() == -1:
-            state.records.append(Record(content.rows, heads, nodes, picks, scope.is_causal))
+            state.records.append(Record(content.rows, content.batch, heads, nodes, picks, scope.is_causal))
         return read
 
     def density(self, n: int, *, heads: int = 1, layer: int = 0, is_causal: bool = False) -> float:

@@ -171,18 +171,17 @@ class _Strongest(torch.autograd.Function):
         """Return blocks ``[B, H, places, T, D]`` for shares ``[B, H, places, blocks]`` and blocks ``[B, H, blocks, T, D]``."""
         first = torch.arange(0, held.shape[0] * held.shape[1] * held.shape[2], held.shape[2], device=held.device)
         at = (mixing.argmax(-1).flatten(0, 1) + first[:, None]).flatten()
-        # a first block under causality takes nothing
-        takes = (mixing.sum(-1) > 0).to(held.dtype)[..., None, None]
-        ctx.save_for_backward(held, at, takes)
-        return held.flatten(0, 2).index_select(0, at).unflatten(0, mixing.shape[:3]) * takes
+        ctx.save_for_backward(held, at)
+        # what stands where nothing is taken, at a first block under causality, is read by nobody
+        return held.flatten(0, 2).index_select(0, at).unflatten(0, mixing.shape[:3])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        held, at, takes = ctx.saved_tensors
+        held, at = ctx.saved_tensors
         (grad,) = grads
         of_mixing = torch.einsum("bhitd,bhjtd->bhij", grad, held)
         of_held = torch.zeros_like(held)
-        of_held.view(-1, *held.shape[3:]).index_add_(0, at, (grad * takes).flatten(0, 2))
+        of_held.view(-1, *held.shape[3:]).index_add_(0, at, grad.flatten(0, 2))
         return of_mixing, of_held
 
 

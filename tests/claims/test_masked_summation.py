@@ -3,9 +3,9 @@
 The claim is about a model trained at each length, as in the paper. One that is trained on short sequences and asked for
 long ones is another question, and is not asked here.
 
-The two models have the same layers, with the same first weights, and are read alike, at the last state of the token in the middle.
-They differ in the relay alone: the ring is open in both. Four layers of radius 1 bring all 8 tokens of a short sequence to
-the middle, so there no relay is needed; of the 64 of a long one they bring 9.
+The two models have the same layers, with the same first weights, and are read alike, at the last state of the token in the
+middle. They differ in the relay alone: the ring is open in both. Four layers of radius 1 bring all 8 tokens of a short
+sequence to the middle, so there no relay is needed; of the 64 of a long one they bring 9.
 
 Source: Guo et al. 2019, arXiv:1902.09113, section 5.1. Ours is small: 4 flagged vectors of 2 values, and a sum over sqrt(4),
 of variance 1, so that an error of 1 is a guess. The layers are BERT's. With the relay both errors fall for as long as the

@@ -151,6 +151,20 @@ def test_centroids_follow_in_training_and_rest_in_evaluation() -> None:
     assert torch.allclose(state.weight, wanted, atol=1e-6)
 
 
+def test_a_pass_that_is_not_finite_does_not_stop_the_centroids() -> None:
+    model, batch = sparse(ROUTING, "Bert", "ForMaskedLM"), tiny_batch(N)
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().clone()
+    embedded[0, 3] = float("nan")
+    model.train()
+    model(inputs_embeds=embedded, labels=batch["input_ids"]).loss.backward()
+    train_step(model, batch)
+    held = [state.weight.clone() for state in states(model)]
+    train_step(model, batch)
+    for state, before in zip(states(model), held, strict=True):
+        assert state.sums.isfinite().all()
+        assert not torch.equal(state.weight, before)
+
+
 def test_centroids_note_the_nearest_queries_and_keys() -> None:
     torch.manual_seed(0)
     state = Centroids(2, 3, 4)
@@ -223,6 +237,20 @@ def test_what_cannot_be_calibrated_is_said() -> None:
         hf_sparse.calibrate_(sparse(ROUTING), [])
     with pytest.raises(ValueError, match="iterations must be at least 1"):
         hf_sparse.calibrate_(sparse(ROUTING), [tiny_batch(N)], iterations=0)
+    with pytest.raises(TypeError, match="a batch is a mapping such as a tokenizer returns, got Tensor"):
+        hf_sparse.calibrate_(sparse(ROUTING), tiny_batch(N)["input_ids"])  # type: ignore[arg-type]
+    batch = tiny_batch(N)
+    batch["attention_mask"].zero_()
+    with pytest.raises(ValueError, match="the batches hold no tokens"):
+        hf_sparse.calibrate_(sparse(ROUTING), [batch])
+
+
+def test_a_batch_read_twice_calibrates_as_once() -> None:
+    once, twice = sparse(ROUTING), sparse(ROUTING)
+    hf_sparse.calibrate_(once, tiny_batch(N))
+    hf_sparse.calibrate_(twice, [tiny_batch(N)] * 2)
+    for one, other in zip(states(once), states(twice), strict=True):
+        assert torch.allclose(one.sums, other.sums, atol=1e-5)
 
 
 def _train_on_a_rank(rank: int, folder: Path) -> None:

@@ -141,7 +141,19 @@ def test_what_it_cannot_work_with_is_said() -> None:
         hf_sparse.imitate_(sparse(), [])
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         hf_sparse.imitate_(sparse(), [batch], steps=0)
-    with pytest.raises(ValueError, match="learning_rate must be above 0, got 0"):
+    with pytest.raises(ValueError, match="learning_rate must be above 0 and finite, got 0"):
         hf_sparse.imitate_(sparse(), [batch], learning_rate=0)
+    for rate in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="learning_rate must be above 0 and finite"):
+            hf_sparse.imitate_(sparse(), [batch], learning_rate=rate)
+    with pytest.raises(TypeError, match=r"steps must be a whole number, got 2\.5"):
+        hf_sparse.imitate_(sparse(), [batch], steps=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a batch is a mapping such as a tokenizer returns, got Tensor"):
+        hf_sparse.imitate_(sparse(), batch["input_ids"])  # type: ignore[arg-type]
+    model = sparse()
+    kept = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"imitation diverged and changed nothing; lower learning_rate=1e\+30"):
+        hf_sparse.imitate_(model, [batch], steps=5, learning_rate=1e30)
+    assert all(torch.equal(weight, kept[name]) for name, weight in model.state_dict().items())
     with pytest.raises(ValueError, match="so short that every node is picked"):
         hf_sparse.imitate_(sparse(), [tiny_batch(12, padding=2)])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse.patterns.routing import Centroids
+from hf_sparse.slots import largest
 from tests.patterns.content_checks import HEADS, SCALE, WIDTH, check_against
 from tests.support import content_rules
 
@@ -52,6 +53,16 @@ def test_means_of_clusters_equal_the_definition(n: int, is_causal: bool) -> None
 
     pattern = routing(num_clusters=4, window=-(-n // 2), merge="mean")
     check_against(pattern, oracle, n, has_lse=False, is_causal=is_causal, state=state)
+
+
+@pytest.mark.parametrize(("n", "count"), [(640, 10), (647, 10), (655, 3), (700, 1), (63, 1), (80, 20), (5, 5)])
+def test_the_largest_are_found_group_by_group(n: int, count: int) -> None:
+    drawn = torch.Generator().manual_seed(n)
+    scores = torch.randn(2, 3, n, generator=drawn)
+    # the largest of all stands last, behind the whole groups
+    scores[0, 0, -1], scores[1, 2, : n // 2] = 100.0, float("-inf")
+    wanted = scores.argsort(-1, descending=True)[..., :count].sort(-1).values
+    assert torch.equal(largest(scores, count), wanted)
 
 
 @both_ways

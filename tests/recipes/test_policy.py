@@ -92,7 +92,7 @@ def test_the_expected_loss_has_the_gradient_of_the_expected_reward() -> None:
     for node, reward in enumerate(rewards):
         picks = fixed.index_fill(0, torch.tensor(0), node)[None, None]
         likely = state.log_probabilities(nodes, picks, False).sum().exp()
-        state.records = [Record(slice(0, 1), slice(0, 1), nodes, picks, False)]
+        state.records = [Record(slice(0, 1), 1, slice(0, 1), nodes, picks, False)]
         policy.baseline = 0.3
         # of three sources
         total = total - 3 * likely.detach() * policy(reward)
@@ -145,7 +145,7 @@ def test_what_is_kept_holds_no_graph_and_is_of_the_last_training_pass() -> None:
         policy(1.0)
     model(**batch)
     model.eval()(**batch)
-    with pytest.raises(ValueError, match="call the model in training mode first"):
+    with pytest.raises(ValueError, match="call the model first, in training mode"):
         policy(1.0)
 
 
@@ -222,12 +222,31 @@ def test_what_it_cannot_work_with_is_said() -> None:
         with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):
             PolicyLoss(model, decay=decay)
     policy = PolicyLoss(model)
-    with pytest.raises(ValueError, match="call the model in training mode first"):
+    with pytest.raises(ValueError, match="call the model first, in training mode and on a batch with tokens"):
         policy(1.0)
     model(**tiny_batch(N))
-    with pytest.raises(ValueError, match=r"a number or one for each of 2 rows, got shape \[1\]"):
-        policy(torch.ones(1))
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=rf"a number or one for each of 2 rows, got shape \[{count}\]"):
+            policy(torch.ones(count))
     with pytest.raises(ValueError, match="reward must be finite, got nan"):
         policy(float("nan"))
     # a call that was refused takes nothing off
     assert policy(1.0).isfinite()
+
+
+def test_a_row_of_padding_at_the_end_has_its_reward_too() -> None:
+    model, batch = sparse(), tiny_batch(N)
+    batch["attention_mask"][1] = 0
+    policy = PolicyLoss(model)
+    model(**batch)
+    assert policy(torch.tensor([1.0, 2.0])).isfinite()
+
+
+def test_a_pass_through_the_base_model_begins_anew_as_well() -> None:
+    model, batch = sparse(), tiny_batch(N)
+    PolicyLoss(model)
+    states = [module for module in model.modules() if isinstance(module, EdgePredictor)]
+    assert states
+    for _ in range(2):
+        model.base_model(**batch)
+        assert [len({record.rows.start for record in state.records}) for state in states] == [2] * len(states)
