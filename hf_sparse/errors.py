@@ -15,3 +15,7 @@ class ConversionError(HfSparseError, ValueError):
 
 class UnfinishedConversionError(ConversionError):
     """A conversion that failed after it had begun: a full disk, a result that does not agree with its source."""
+
+
+class RecipeError(HfSparseError, ValueError):
+    """A recipe that cannot be run as it was asked for; nothing was trained."""

@@ -1,5 +1,6 @@
 """Metrics of the recipes: scripts of ``evaluate`` that ship with the package, so that none is downloaded."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ def load_metric(name: str, **settings: Any) -> evaluate.EvaluationModule:
     Raises:
         ValueError: if the name is neither.
     """
+    # processes, and metrics of one process, would else wait for one another's files
+    settings.setdefault("experiment_id", uuid.uuid4().hex)
     if name in METRICS:
         return evaluate.load(str(Path(__file__).parent / f"{name}.py"), **settings)
     if "/" not in name:

@@ -1,0 +1,109 @@
+"""What a recipe is told: one dataclass for the command line, a YAML file and several processes alike."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def _field(default: Any, help_: str) -> Any:
+    held: dict[str, Any] = (
+        {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    )
+    return field(metadata={"help": help_}, **held)
+
+
+@dataclass
+class RecipeArguments:
+    """What to train, on what, and how; the help of each field is its documentation."""
+
+    model: str = field(metadata={"help": "A sparse checkpoint: a folder, or the id of a model on the Hub."})
+    dataset: str = field(
+        metadata={"help": "The id of a dataset on the Hub, or a folder with <split>.parquet, .jsonl, .json or .csv."}
+    )
+    output: str = field(metadata={"help": "The folder to write: a model for each seed, results.json and results.md."})
+    text_column: str = _field("text", "Column of the documents.")
+    label_column: str = _field("label", "Column of the label, or of the list of labels, of each document.")
+    train_split: str = _field("train", "Split to train on.")
+    validation_split: str = _field("validation", "Split that chooses the best epoch, and thresholds.")
+    test_split: str = _field("test", "Split that results are of.")
+    max_length: int | None = _field(None, "Longest document, in tokens; the model's own limit if not given.")
+    truncate: bool = _field(False, "Cut longer documents off; without it they are an error.")
+    epochs: float = _field(3.0, "Passes over the training split.")
+    max_steps: int = _field(-1, "Steps of the optimizer, in the place of epochs; -1 leaves it to epochs.")
+    batch_size: int = _field(1, "Documents of each process at a time.")
+    gradient_accumulation_steps: int = _field(8, "Batches that a step adds up.")
+    learning_rate: float = _field(5e-5, "Largest learning rate; it rises over a tenth of the steps and falls to 0.")
+    weight_decay: float = _field(0.01, "Of AdamW.")
+    precision: str = _field("float32", "float32, bf16 or fp16: what is computed in half precision is up to autocast.")
+    gradient_checkpointing: bool = _field(
+        False, "Compute activations again in the backward pass: less memory, more time."
+    )
+    patience: int = _field(0, "Epochs without a better validation score after which training stops; 0 never does.")
+    seeds: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "One run for each, from the same checkpoint; results are their mean and spread."},
+    )
+    resume: bool = _field(False, "Go on with what stands in the output folder.")
+    use_cpu: bool = _field(False, "Stay on the CPU where there is a GPU.")
+    push_to_hub: str | None = _field(None, "Id on the Hub to push the model of the first seed to.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"--epochs must be above 0, got {self.epochs}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"--max_length must be at least 2, got {self.max_length}")
+        if self.precision not in ("float32", "bf16", "fp16"):
+            raise ValueError(f"--precision must be float32, bf16 or fp16, got {self.precision!r}")
+        if not self.seeds:
+            raise ValueError("--seeds must name at least one seed")
+
+
+def read_arguments(args: Sequence[str], prog: str) -> RecipeArguments:
+    """Return the arguments of a command line; what it says goes before what a file says (``--config FILE``).
+
+    Args:
+        args: of the command line, without the name of the task.
+        prog: what help and errors call the command.
+
+    Raises:
+        ValueError: if an argument is unknown, lacking or out of range, or the file has an unknown key.
+        OSError: if the file cannot be read.
+        SystemExit: after ``--help``.
+    """
+    parser: Any = HfArgumentParser(RecipeArguments, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of these arguments by their names.")
+    parser.error = _raise
+    given = list(args)
+    if "--config" in given[:-1]:
+        held = _read_file(Path(given[given.index("--config") + 1]))
+        for action in parser._actions:
+            action.required = action.required and action.dest not in held
+        parser.set_defaults(**held)
+    found = vars(parser.parse_args(given))
+    found.pop("config")
+    return RecipeArguments(**found)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    known = [f.name for f in dataclasses.fields(RecipeArguments)]
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} must map arguments to values, got {type(held).__name__}")
+    if unknown := sorted(set(map(str, held)) - set(known)):
+        raise ValueError(f"{path} has the unknown key {unknown[0]!r}; known: {', '.join(known)}")
+    return held
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)

@@ -1,0 +1,1 @@
+"""The tasks that recipes train for, one module each."""
