@@ -246,7 +246,7 @@ def test_another_scale_takes_another_graph_in_which_it_is_a_constant(counting: C
 def test_gradients_equal_an_explicit_softmax(name: str, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # torch refuses gradients on the CPU, but has the formulae of the backward pass in plain operations
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(flex, "_check_served", lambda *_: None)
+    monkeypatch.setattr(flex, "check_served", lambda *_: None)
     monkeypatch.setattr(flex, "run_plainly", functools.partial(flex.run_compiled, backend="aot_eager"))
     case, n, seed = case_of(name), 150, 3
     masks = masks_of(case, 2, n, 3)
