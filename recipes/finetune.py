@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -123,11 +124,26 @@ def _what_a_run_is(arguments: RecipeArguments) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
+class StepClock(TrainerCallback):
+    """Adds up the seconds of the optimizer's steps, without what is evaluated and saved in between."""
+
+    def __init__(self) -> None:
+        self.seconds, self._start = 0.0, 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
 def _run(task: Any, arguments: RecipeArguments, seed: int, encoded: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Train and judge one model, and leave it in the folder of its seed."""
     folder = Path(arguments.output) / f"seed-{seed}"
     set_seed(seed)
     model = task.load(arguments.model)
+    clock = StepClock()
+    stopping = [EarlyStoppingCallback(arguments.patience)] if arguments.patience else []
     trainer = Trainer(
         model=model,
         args=_training_arguments(task, arguments, seed, folder),
@@ -136,14 +152,13 @@ def _run(task: Any, arguments: RecipeArguments, seed: int, encoded: dict[str, An
         processing_class=tokenizer,
         data_collator=task.collator(tokenizer, model),
         compute_metrics=task.metrics,
-        callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.patience else [],
+        callbacks=[clock, *stopping],
     )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     last = get_last_checkpoint(str(folder)) if arguments.resume and folder.is_dir() else None
-    start = time.perf_counter()
+    seen = _tokens(last)
     trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - start
     held = trainer.predict(encoded["validation"])
     task.choose(held.predictions, held.label_ids)
     found = trainer.predict(encoded["test"])
@@ -157,8 +172,9 @@ def _run(task: Any, arguments: RecipeArguments, seed: int, encoded: dict[str, An
         "loss": (found.metrics or {})["test_loss"],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "threshold": task.threshold if task.is_multilabel else None,
-        "seconds": seconds,
-        "tokens_per_second": _tokens(trainer) / seconds,
+        "seconds": clock.seconds,
+        # of a run that was finished already there is nothing to measure
+        "tokens_per_second": (trainer.state.num_input_tokens_seen - seen) / clock.seconds if clock.seconds else 0.0,
         "peak_memory_mib": _peak_memory(),
     }
 
@@ -184,6 +200,8 @@ def _training_arguments(task: Any, arguments: RecipeArguments, seed: int, folder
         bf16=arguments.precision == "bf16",
         fp16=arguments.precision == "fp16",
         use_cpu=arguments.use_cpu,
+        # a warning each time, where there is no GPU to copy to
+        dataloader_pin_memory=torch.cuda.is_available() and not arguments.use_cpu,
         # documents of about one length together: less padding
         train_sampling_strategy="group_by_length",
         # losses of heads that do not count tokens would be multiplied by the number of processes
@@ -204,8 +222,11 @@ def _training_arguments(task: Any, arguments: RecipeArguments, seed: int, folder
     )
 
 
-def _tokens(trainer: Trainer) -> float:
-    return float(trainer.state.num_input_tokens_seen)
+def _tokens(checkpoint: str | None) -> int:
+    """Return how many tokens had been seen when a checkpoint was written."""
+    if checkpoint is None:
+        return 0
+    return int(json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["num_input_tokens_seen"])
 
 
 def _peak_memory() -> float:

@@ -60,7 +60,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     for name in runs[0]["metrics"]:
         mean, half = spread([run["metrics"][name] for run in runs])
         lines.append(f"| {name} | {mean:.4f}{f' ± {half:.4f}' if len(runs) > 1 else ''} |")
-    lines.append(f"| seconds of training | {statistics.fmean(run['seconds'] for run in runs):.1f} |")
+    lines.append(f"| seconds of training steps | {statistics.fmean(run['seconds'] for run in runs):.1f} |")
     lines.append(f"| tokens a second | {statistics.fmean(run['tokens_per_second'] for run in runs):,.0f} |")
     if runs[0]["peak_memory_mib"] is not None:
         lines.append(f"| peak memory, MiB | {max(run['peak_memory_mib'] for run in runs):,.0f} |")

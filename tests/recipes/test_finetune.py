@@ -127,6 +127,10 @@ def test_a_run_goes_on_where_it_was_stopped_with_the_same_losses(
     parts = finetune("classify", arguments(source, dataset, tmp_path / "parts", resume=True))["runs"][0]
     assert parts["losses"] == whole["losses"]
     assert parts["loss"] == whole["loss"]
+    # a run that is done is judged again, and not trained
+    again = finetune("classify", arguments(source, dataset, tmp_path / "parts", resume=True))["runs"][0]
+    assert again["metrics"] == whole["metrics"]
+    assert again["seconds"] == 0
 
 
 def test_what_does_not_fit_is_said_before_anything_is_trained(source: str, tmp_path: Path) -> None:
