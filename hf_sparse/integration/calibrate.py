@@ -10,16 +10,19 @@ from hf_sparse.patterns.parent import check_count
 from hf_sparse.patterns.routing import Centroids
 
 
-def checked_batches(batches: Iterable[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
-    """Return batches as a list.
+def checked_batches(batches: Iterable[Mapping[str, Tensor]], what: str) -> list[Mapping[str, Tensor]]:
+    """Return the batches that something, named for its errors, is done on, as a list.
 
     Raises:
+        ValueError: if there are none.
         TypeError: if one is not what a model is called with.
     """
     held = [batches] if isinstance(batches, Mapping) else list(batches)
     for batch in held:
         if not isinstance(batch, Mapping):
             raise TypeError(f"a batch is a mapping such as a tokenizer returns, got {type(batch).__name__}")
+    if not held:
+        raise ValueError(f"{what} needs at least one batch")
     return held
 
 
@@ -45,11 +48,9 @@ def calibrate_(
         TypeError: if a batch is not what a model is called with, or ``iterations`` is no int.
     """
     states = [module for module in model.modules() if isinstance(module, Centroids)]
-    held = checked_batches(batches)
+    held = checked_batches(batches, "calibration")
     if not states:
         raise ValueError(f"{type(model).__name__} has no centroids: none of its layers has the pattern 'routing'")
-    if not held:
-        raise ValueError("calibration needs at least one batch")
     check_count(iterations, "iterations", least=1)
     was_training = model.training
     model.eval()

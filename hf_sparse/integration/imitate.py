@@ -43,11 +43,9 @@ def imitate_(
         TypeError: if a batch is not what a model is called with, or ``steps`` is no int.
     """
     states = [module for module in model.modules() if isinstance(module, EdgePredictor)]
-    held = checked_batches(batches)
+    held = checked_batches(batches, "imitation")
     if not states:
         raise ValueError(f"{type(model).__name__} has no predictors of edges: none of its layers has the pattern 'sac'")
-    if not held:
-        raise ValueError("imitation needs at least one batch")
     check_count(steps, "steps", least=1)
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
