@@ -13,7 +13,7 @@ import hf_sparse
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
-from tests.pattern_cases import BACKENDS, HEADS, attention
+from tests.pattern_cases import BACKENDS, HEADS, Setting, attention, random_table
 from tests.support import system_rules
 from tests.support.gradients import with_gradients
 from tests.support.rounding import assert_same_maths
@@ -49,6 +49,13 @@ def _ring(**fields: Any) -> NodeCase:
     return NodeCase("star", _make("star", **fields), functools.partial(system_rules.star, **fields))
 
 
+def _bigbird(n: int, *, is_causal: bool) -> Tensor:
+    """Draw the definition over the random blocks that the pattern has without nodes."""
+    table = random_table(_make("bigbird", **_BLOCKS), Setting(n, is_causal=is_causal))
+    return system_rules.bigbird_external(n, _BLOCKS["block_size"], table, 3, is_causal=is_causal)
+
+
+_BLOCKS: dict[str, Any] = {"block_size": 8, "num_random_blocks": 1, "random_plan": "full_length"}
 _HARD = {"hard_global_to_long": True}, {"hard_long_to_global": True}
 CASES = (
     _ring(radius=1, num_relays=2),
@@ -62,6 +69,7 @@ CASES = (
         _make("bp_transformer", nodes_per_level=2),
         functools.partial(system_rules.bp_transformer, nodes_per_level=2),
     ),
+    NodeCase("bigbird", _make("bigbird", **_BLOCKS, num_external_global=3), _bigbird),
 )
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 CAUSAL = pytest.mark.parametrize("case", [c for c in CASES if c.can_be_causal], ids=lambda case: case.name)
