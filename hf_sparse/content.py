@@ -92,20 +92,20 @@ def content_attention(
         words = None
         if call.seed is not None:
             words = draw_words(call.seed, *query.shape[:3], key.shape[2], query.device)
-        out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], float("-inf"))
+        parts = []
         is_real = torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
         for rows, at, segment, positions in _sequences(query, call):
-            held = [tensor[rows][:, :, at] for tensor in (q, k, v)]
+            held = [_of_sequence(tensor, rows, at) for tensor in (q, k, v)]
             drawn = None if words is None else (words[0][rows][:, :, at], words[1][at])
             hidden = None if call.hidden_states is None else call.hidden_states[rows][:, at]
             scope = Scope(len(positions), q.shape[1], call.layer, call.is_causal, call.head_offset, call.num_heads)
             known = Content(
                 scope, call.state, hidden, not is_real.any(), call.is_training, call.scale, rows, query.shape[0]
             )
-            out[rows, :, at], lse[rows, :, at] = _attend(
-                held[0], held[1], held[2], content, rest, segment, positions, known, call, drawn
-            )
+            found = _attend(held[0], held[1], held[2], content, rest, segment, positions, known, call, drawn)
+            parts.append((rows, at, found))
             is_real[rows, at] = True
+        out, lse = _joined(parts, q, v, is_whole=len(parts) == 1 and bool(is_real.all()))
         content.finish(call.state, is_training=call.is_training)
         if rest is not None:
             out, lse = _united((out, lse), _by_position(q, k, v, rest, call))
@@ -247,6 +247,27 @@ def _sequences(query: Tensor, call: ContentCall) -> Iterator[tuple[slice, slice 
             at = segment.start + positions
         yield rows, at, segment, positions
         first = last + 1
+
+
+def _of_sequence(tensor: Tensor, rows: slice, at: slice | Tensor) -> Tensor:
+    """Return rows and tokens of ``[B, H, N, ...]``: if they are all there are, the tensor itself."""
+    if isinstance(at, slice) and (rows, at) == (slice(0, tensor.shape[0]), slice(0, tensor.shape[2])):
+        # the gradient of a part is a new tensor with zeros around it
+        return tensor
+    return tensor[rows][:, :, at]
+
+
+def _joined(
+    parts: list[tuple[slice, slice | Tensor, tuple[Tensor, Tensor]]], query: Tensor, value: Tensor, *, is_whole: bool
+) -> tuple[Tensor, Tensor]:
+    """Put what sequences gave where they stand; the rest reads nothing."""
+    if is_whole:
+        return parts[0][2]
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    lse = query.new_full(query.shape[:3], float("-inf"))
+    for rows, at, found in parts:
+        out[rows, :, at], lse[rows, :, at] = found
+    return out, lse
 
 
 def _united(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

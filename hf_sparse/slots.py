@@ -16,14 +16,15 @@ class Slots:
         queries: int64 ``[X, T]``, places in the sequence; -1 holds none. A query may stand in several blocks.
         keys: int64 ``[X, S]``, likewise.
         rank: int64 ``[X]``, the round or cluster of each block, for ``Repeats``; None where there are none.
-        own: where a block's keys begin to be its queries, in their order; None where they are not among them so.
+        reach: blocks whose queries, in their order, are a block's keys: those of its lane just before, -1 where there are none,
+            and its own as the last; None where keys are named one by one.
     """
 
     lane: Tensor
     queries: Tensor
     keys: Tensor
     rank: Tensor | None = None
-    own: int | None = None
+    reach: int | None = None
 
 
 # scores of which the maximum is looked at first
@@ -136,12 +137,12 @@ def cut(order: Tensor, size: int) -> Tensor:
     return filled.unflatten(-1, (blocks, size))
 
 
-def of_rounds(queries: Tensor, keys: Tensor, own: int | None = None) -> tuple[Slots, ...]:
+def of_rounds(queries: Tensor, keys: Tensor, reach: int | None = None) -> tuple[Slots, ...]:
     """Return blocks of rounds, int64 ``[lanes, rounds, blocks, T]`` and ``[lanes, rounds, blocks, S]``, round by round."""
     lanes, rounds, blocks, _ = queries.shape
     lane = torch.arange(lanes, device=queries.device).repeat_interleave(blocks)
     return tuple(
-        Slots(lane, queries[:, i].flatten(0, 1), keys[:, i].flatten(0, 1), torch.full_like(lane, i), own)
+        Slots(lane, queries[:, i].flatten(0, 1), keys[:, i].flatten(0, 1), torch.full_like(lane, i), reach)
         for i in range(rounds)
     )
 

@@ -1,7 +1,7 @@
 """One call over slots: which blocks there are on each lane, and who reads whom inside them."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,9 @@ from hf_sparse.slots import Assignment, Finder, Slots
 
 # scores of one kernel call
 CALL_SCORES = 1 << 20
+
+# some blocks, and who reads whom in them: bool [X or 1, T, S], None for all
+Piece = tuple[slice, Tensor | None]
 
 
 @dataclass(eq=False)
@@ -45,16 +48,29 @@ class SlotCall:
         self.kernel = Kernel(self.scale, self.dropout)
         self._stretches = [_stretches(slots) for slots in self.assignment.slots]
 
-    def pieces(self, lane: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield queries ``[X, T]``, keys ``[X, S]`` and who reads whom, bool ``[X or 1, T, S]``; None for all."""
+    def rounds(self, lane: int) -> Iterator[tuple[Slots, slice, Iterator[Piece]]]:
+        """Yield slots, which of their blocks are on a lane, and pieces of these."""
         repeats = self.assignment.repeats
         finder = None if repeats is None else repeats.on(lane)
         for slots, stretches in zip(self.assignment.slots, self._stretches, strict=True):
-            step = max(1, CALL_SCORES // max(slots.queries.shape[1] * slots.keys.shape[1], 1))
-            for first, last, has_gaps in stretches.get(lane, ()):
-                for start in range(first, last, step):
-                    at = slice(start, min(start + step, last))
-                    yield slots.queries[at], slots.keys[at], self._allowed(slots, at, lane, has_gaps, finder)
+            own = stretches.get(lane, ())
+            if own:
+                yield slots, slice(own[0][0], own[-1][1]), self._pieces(slots, own, lane, finder)
+
+    def pieces(self, lane: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield queries ``[X, T]``, keys ``[X, S]`` and who reads whom, bool ``[X or 1, T, S]``; None for all."""
+        for slots, _, pieces in self.rounds(lane):
+            for at, allowed in pieces:
+                yield slots.queries[at], slots.keys[at], allowed
+
+    def _pieces(
+        self, slots: Slots, stretches: Sequence[tuple[int, int, bool]], lane: int, finder: Finder | None
+    ) -> Iterator[Piece]:
+        step = max(1, CALL_SCORES // max(slots.queries.shape[1] * slots.keys.shape[1], 1))
+        for first, last, has_gaps in stretches:
+            for start in range(first, last, step):
+                at = slice(start, min(start + step, last))
+                yield at, self._allowed(slots, at, lane, has_gaps, finder)
 
     def allowed_of(self, slots: Slots, lane: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield the blocks of a lane some at a time: which they are, and who reads whom, bool ``[X, T, S]``."""
@@ -76,7 +92,7 @@ class SlotCall:
             terms.append((queries >= 0)[:, :, None] & (keys >= 0)[:, None, :])
         if self.is_causal:
             terms.append((k[:, None, :] <= q[:, :, None]) | ~is_token)
-        if not self.assignment.reads_self and slots.own is None:
+        if not self.assignment.reads_self and slots.reach is None:
             terms.append(k[:, None, :] != q[:, :, None])
         if finder is not None and slots.rank is not None and bool(slots.rank[at].any()):
             terms.append(finder(slots.rank[at], q, k).logical_not_())
@@ -88,11 +104,11 @@ class SlotCall:
                     others = part.allows(q_at, k_at)
                     terms.append(~((others[head] if others.shape[0] > 1 else others[0]) & is_token))
         allowed = functools.reduce(torch.Tensor.logical_and_, terms) if terms else None
-        if not self.assignment.reads_self and slots.own is not None:
+        if not self.assignment.reads_self and slots.reach is not None:
             # the same pairs in every block
-            is_other = ~torch.eye(queries.shape[1], keys.shape[1], dtype=torch.bool, device=q.device).roll(
-                slots.own, 1
-            )[None]
+            size = queries.shape[1]
+            is_other = torch.ones(1, size, keys.shape[1], dtype=torch.bool, device=q.device)
+            is_other[0, :, slots.reach * size :].fill_diagonal_(False)
             allowed = is_other if allowed is None else allowed.logical_and_(is_other)
         return allowed
 

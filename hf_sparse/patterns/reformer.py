@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from hf_sparse.slots import Assignment, Rounds, cut, of_rounds, ragged
 
 # buckets beyond which they are told apart by two smaller hashes
 _MOST_BUCKETS = 128
+# the length that shorter vectors are divided by
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Reformer(ContentPattern):
     def prepare(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
         if not self.shared_query_key:
             return query, key, scale
-        return query, torch.nn.functional.normalize(query, dim=-1), 1.0
+        return query, _UnitVectors.apply(query), 1.0
 
     def choose(self, query: Tensor, key: Tensor, content: Content) -> Assignment:
         tokens = query.shape[2]
@@ -122,11 +124,13 @@ class Reformer(ContentPattern):
         wanted = self.num_buckets or max(2, 2 * -(-tokens // self.chunk_length))
         sizes = [wanted] if wanted <= _MOST_BUCKETS else _factors(wanted)
         drawn = content.draw((self.num_hashes, sum(sizes) // 2, vectors.shape[3]), self.seed, vectors)
-        found, first = torch.zeros(1, dtype=torch.int64, device=vectors.device), 0
-        for size in sizes:
-            turned = torch.einsum("bhnd,hrcd->bhrnc", vectors, drawn[:, :, first : first + size // 2])
-            found = found * size + torch.cat([turned, -turned], -1).argmax(-1)
-            first += size // 2
+        turned = torch.einsum("bhnd,hrcd->bhrnc", vectors, drawn)
+        found = torch.zeros(1, dtype=torch.int64, device=vectors.device)
+        for part in turned.split([size // 2 for size in sizes], -1):
+            # the largest of these and of their negatives, which come behind them
+            at = part.abs().argmax(-1, keepdim=True)
+            own = at + (part.gather(-1, at) < 0) * part.shape[-1]
+            found = found * (2 * part.shape[-1]) + own[..., 0]
         return found.flatten(0, 1)
 
     def _chunks(self, buckets: Tensor) -> Assignment:
@@ -145,9 +149,8 @@ class Reformer(ContentPattern):
         if self.num_hashes > 1 and self.counting == "set" and not is_alone:
             chunk = _chunk_of(order, self.chunk_length)
             repeats = Rounds(chunk, chunk, reach=1)
-        # a chunk's own tokens are the last of its keys; across rounds they may be among the others as well
-        own_at = None if self.look_back_across_rounds else keys.shape[-1] - own.shape[-1]
-        slots = of_rounds(own, keys, own_at)
+        reach = None if self.look_back_across_rounds else 0 if is_alone else 1
+        slots = of_rounds(own, keys, reach)
         return Assignment(slots, repeats, reads_self=False)
 
     def _by_bucket(self, query: Tensor, key: Tensor, content: Content) -> Assignment:
@@ -174,6 +177,35 @@ class Reformer(ContentPattern):
                 f"pattern {self.key!r} with shared_query_key reads queries as keys, which no dense model does"
             )
         return Reformer(num_hashes=1, chunk_length=length, seed=self.seed)
+
+
+class _UnitVectors(torch.autograd.Function):
+    """Vectors divided by their lengths, as ``torch.nn.functional.normalize`` does, head by head.
+
+    What lies between is small then and stays near the core: over all heads at once it costs more than attending.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        unit, lengths = torch.empty_like(vectors), vectors.new_empty(*vectors.shape[:-1], 1)
+        for held, own, length in zip(_by_head(vectors), _by_head(unit), _by_head(lengths), strict=True):
+            torch.linalg.vector_norm(held, dim=-1, keepdim=True, out=length)
+            torch.div(held, length.clamp_(min=_LEAST), out=own)
+        ctx.save_for_backward(unit, lengths)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        unit, lengths = ctx.saved_tensors
+        found = torch.empty_like(unit)
+        for grad, own, length, result in zip(*(_by_head(t) for t in (grads[0], unit, lengths, found)), strict=True):
+            along = (grad * own).sum(-1, keepdim=True).masked_fill_(length <= _LEAST, 0.0)
+            torch.sub(grad, along * own, out=result).div_(length)
+        return found
+
+
+def _by_head(tensor: Tensor) -> list[Tensor]:
+    return [head for row in tensor for head in row]
 
 
 def asymmetric(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

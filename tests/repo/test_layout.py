@@ -63,6 +63,7 @@ BENEATH_BACKENDS = {
     "labels",
     "lanes",
     "slot_calls",
+    "slot_rows",
 }
 KNOWS_TRANSFORMERS = {
     "hf_sparse.integration",
