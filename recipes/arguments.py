@@ -9,12 +9,22 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+# arguments that not every task has a use for
+TASKS_OF = {
+    "query_column": ("answer", "retrieve"),
+    "max_summary_length": ("summarize",),
+    "packing": ("mlm", "clm"),
+    "streaming": ("mlm", "clm", "distill"),
+    "cpc": ("mlm",),
+    "teacher": ("distill",),
+    "short_share": ("distill",),
+    "hidden": ("distill",),
+    "attention": ("distill",),
+}
+
 
 def _field(default: Any, help_: str) -> Any:
-    held: dict[str, Any] = (
-        {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    )
-    return field(metadata={"help": help_}, **held)
+    return field(metadata={"help": help_}, default=default)
 
 
 @dataclass
@@ -26,13 +36,18 @@ class RecipeArguments:
         metadata={"help": "The id of a dataset on the Hub, or a folder with <split>.parquet, .jsonl, .json or .csv."}
     )
     output: str = field(metadata={"help": "The folder to write: a model for each seed, results.json and results.md."})
-    text_column: str = _field("text", "Column of the documents.")
-    label_column: str = _field("label", "Column of the label, or of the list of labels, of each document.")
+    text_column: str | None = _field(None, "Column of the documents; by default text, context, tokens or image.")
+    label_column: str | None = _field(None, "Column of what is to be said; by default label, answers, tags or summary.")
+    query_column: str | None = _field(
+        None,
+        "Column of questions or queries; by default question or query. A dot leads into lists of records.",
+    )
     train_split: str = _field("train", "Split to train on.")
     validation_split: str = _field("validation", "Split that chooses the best epoch, and thresholds.")
     test_split: str = _field("test", "Split that results are of.")
     max_length: int | None = _field(None, "Longest document, in tokens; the model's own limit if not given.")
     truncate: bool = _field(False, "Cut longer documents off; without it they are an error.")
+    train_size: int | None = _field(None, "Documents to train on, chosen by their hash; all if not given.")
     epochs: float = _field(3.0, "Passes over the training split.")
     max_steps: int = _field(-1, "Steps of the optimizer, in the place of epochs; -1 leaves it to epochs.")
     batch_size: int = _field(1, "Documents of each process at a time.")
@@ -44,6 +59,20 @@ class RecipeArguments:
         False, "Compute activations again in the backward pass: less memory, more time."
     )
     patience: int = _field(0, "Epochs without a better validation score after which training stops; 0 never does.")
+    save_steps: int = _field(0, "Steps from one evaluation and checkpoint to the next; 0 is an epoch.")
+    baselines: str | None = _field(
+        None, "A dense checkpoint to train beside it: on documents cut to its length, and on chunks of that length."
+    )
+    max_summary_length: int = _field(128, "Longest summary, in tokens.")
+    packing: bool = _field(True, "Join documents and cut them at the longest length, without reading across.")
+    streaming: bool = _field(False, "Read the training split on the way; needs --max_steps.")
+    teacher: str | None = _field(None, "The dense checkpoint to learn from.")
+    short_share: float = _field(0.5, "Share of the steps in which documents are cut at its length.")
+    hidden: float = _field(0.0, "Weight of the squared error of hidden states.")
+    attention: float = _field(0.0, "Weight of the squared error of attention outputs.")
+    lora: int = _field(0, "Rank of adapters that are trained, with positions and norms, in the place of all weights.")
+    policy: float = _field(0.0, "Weight of the policy loss of SAC's edges.")
+    cpc: float = _field(0.0, "Weight of ETC's contrastive loss of segments; the paper has 0.2.")
     seeds: list[int] = field(
         default_factory=lambda: [0],
         metadata={"help": "One run for each, from the same checkpoint; results are their mean and spread."},
@@ -64,6 +93,24 @@ class RecipeArguments:
             raise ValueError(f"--precision must be float32, bf16 or fp16, got {self.precision!r}")
         if not self.seeds:
             raise ValueError("--seeds must name at least one seed")
+        for name in ("lora", "save_steps", "policy", "cpc", "hidden", "attention", "short_share"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        if self.train_size is not None and self.train_size < 1:
+            raise ValueError(f"--train_size must be at least 1, got {self.train_size}")
+        if self.streaming and self.max_steps < 1:
+            raise ValueError("--streaming needs --max_steps: how many there are to come is not known")
+
+    def check_task(self, name: str) -> None:
+        """Check that nothing is asked for that a task has no use for.
+
+        Raises:
+            ValueError: if something is.
+        """
+        for one in dataclasses.fields(self):
+            tasks = TASKS_OF.get(one.name, (name,))
+            if name not in tasks and getattr(self, one.name) != one.default:
+                raise ValueError(f"--{one.name} is of {', '.join(tasks)}; {name} has no use for it")
 
 
 def read_arguments(args: Sequence[str], prog: str) -> RecipeArguments:

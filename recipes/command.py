@@ -1,5 +1,6 @@
 """The commands ``recipe``: fine-tune a sparse checkpoint, and configs of accelerate for several processes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,18 @@ from hf_sparse.errors import RecipeError
 CONFIGS = Path(__file__).parent / "configs"
 # how several processes are started on a CPU
 ON_CPU = "torchrun --nproc-per-node 2 -m hf_sparse.recipes.finetune classify --use-cpu ..."
+# what each task is, and what it is given beside --model, --dataset and --output
+TASKS = {
+    "classify": ("Classify long documents, with one label or several for each", "--label-column labels"),
+    "answer": ("Answer questions by a span of one long context", "--baselines roberta-base"),
+    "tag": ("Tag the words of long documents, such as names", "--label-column ner_tags"),
+    "summarize": ("Summarise long documents, by an encoder and decoder", "--max-summary-length 256"),
+    "mlm": ("Go on training a masked language model", "--save-steps 500"),
+    "clm": ("Go on training a causal language model", "--streaming --max-steps 1000 --save-steps 500"),
+    "retrieve": ("Embed long documents so that queries find them", "--query-column queries.query"),
+    "classify-images": ("Classify images at high resolution", "--text-column photo"),
+    "distill": ("Let a sparse model learn from the dense one it was converted from", "--teacher roberta-base"),
+}
 
 recipe_app = make_app()
 
@@ -20,28 +33,38 @@ def top() -> None:
     """Fine-tune a sparse checkpoint, or list accelerate's configs."""
 
 
-@recipe_app.command(
-    "classify",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def classify(context: typer.Context) -> None:
-    """Train a classifier of long documents, with one label or several for each; --help lists the arguments.
+def _add(name: str, what: str, example: str) -> None:
+    def command(context: typer.Context) -> None:
+        _finetune(name, context)
+
+    command.__doc__ = f"""{what}; --help lists the arguments.
 
     \b
     Example:
-      hf-sparse recipe classify --model roberta-4096 --dataset contracts/ --output run --label-column labels
+      hf-sparse recipe {name} --model roberta-4096 --dataset documents/ --output run {example}
     """
+    make: Callable[[Callable[[typer.Context], None]], object] = recipe_app.command(
+        name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+    )
+    make(command)
+
+
+for _name, (_what, _example) in TASKS.items():
+    _add(_name, _what, _example)
+
+
+def _finetune(name: str, context: typer.Context) -> None:
     try:
         from hf_sparse.recipes.arguments import read_arguments
         from hf_sparse.recipes.finetune import finetune
     except ImportError as error:
         raise RecipeError(f"recipes need {error.name}; pip install 'hf-sparse[recipes]'") from error
     arguments = read_arguments(context.args, context.command_path)
-    results = finetune("classify", arguments)
+    results = finetune(name, arguments)
     for run in results["runs"]:
-        said = ", ".join(f"{name} {value:.4f}" for name, value in run["metrics"].items())
-        print(f"seed {run['seed']}: {said} on {results['splits']['test']} documents; {run['seconds']:.0f} s")
+        said = ", ".join(f"{metric} {value:.4f}" for metric, value in run["metrics"].items())
+        title = results["models"][run["model"]]["title"]
+        print(f"{title}, seed {run['seed']}: {said}; {run['seconds']:.0f} s")
     print(f"{arguments.output}: results.md, results.json and a model for each seed")
 
 

@@ -41,27 +41,54 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
     Args:
         folder: that holds the runs.
-        results: "task", "arguments", "splits" (name to number of documents), "runs": for each seed "seed", "metrics",
-            "seconds", "tokens_per_second" and "peak_memory_mib" (None where it is not measured).
+        results: "task", "arguments", "splits" (name to number of documents, None where it is not known), "models" (name to
+            "title" and more), "runs": for each model and seed "model", "seed", "metrics", "seconds", "tokens_per_second"
+            (None where nothing was trained) and "peak_memory_mib".
     """
     held = {**results, **surroundings()}
     (folder / "results.json").write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
-    runs = results["runs"]
+    seeds = results["arguments"]["seeds"]
+    trained = results["splits"]["train"]
     lines = [
         f"# {results['task']}: {results['arguments']['model']}",
         "",
-        f"Test split of {results['splits']['test']} documents, trained on {results['splits']['train']}; "
-        f"{len(runs)} {'seed' if len(runs) == 1 else 'seeds'}: {', '.join(str(run['seed']) for run in runs)}. "
+        f"Test split of {results['splits']['test']} documents, trained on {'a stream' if trained is None else trained}; "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}: {', '.join(map(str, seeds))}. "
         "With several seeds: the mean and its 95 % interval.",
         "",
-        "| metric | value |",
-        "| --- | --- |",
+        *table(results),
     ]
-    for name in runs[0]["metrics"]:
-        mean, half = spread([run["metrics"][name] for run in runs])
-        lines.append(f"| {name} | {mean:.4f}{f' ± {half:.4f}' if len(runs) > 1 else ''} |")
-    lines.append(f"| seconds of training steps | {statistics.fmean(run['seconds'] for run in runs):.1f} |")
-    lines.append(f"| tokens a second | {statistics.fmean(run['tokens_per_second'] for run in runs):,.0f} |")
-    if runs[0]["peak_memory_mib"] is not None:
-        lines.append(f"| peak memory, MiB | {max(run['peak_memory_mib'] for run in runs):,.0f} |")
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Return the lines of a Markdown table: a row for each model."""
+    names = list(results["runs"][0]["metrics"])
+    head = ["model", *names, "seconds of training", "tokens a second", "peak memory, MiB"]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for key, model in results["models"].items():
+        runs = [run for run in results["runs"] if run["model"] == key]
+        scores = [_said([run["metrics"][name] for run in runs]) for name in names]
+        speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
+        cost = [
+            f"{statistics.fmean(run['seconds'] for run in runs):,.0f}",
+            f"{statistics.fmean(speeds):,.0f}" if speeds else "",
+            f"{max(run['peak_memory_mib'] for run in runs):,.0f}",
+        ]
+        lines.append(f"| {' | '.join([model['title'], *scores, *cost])} |")
+    return lines
+
+
+def _said(values: list[float]) -> str:
+    mean, half = spread(values)
+    return f"{mean:.4f} ± {half:.4f}" if len(values) > 1 else f"{mean:.4f}"
+
+
+def replace_part(page: Path, start: str, end: str, lines: list[str]) -> None:
+    """Put lines between two lines of a page, in the place of what stands there."""
+    text = page.read_text(encoding="utf-8")
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} has no part from {start!r} to {end!r}")
+    page.write_text("\n".join([before + start, "", *lines, end]) + after, encoding="utf-8")

@@ -79,7 +79,13 @@ class Kernel:
         return 1 / (1 - self.dropout)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, words: tuple[Tensor, Tensor] | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        words: tuple[Tensor, Tensor] | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
@@ -89,6 +95,7 @@ class Kernel:
             value: float ``[X, S, Dv]``.
             mask: 0 or -inf, added to the scores: ``[T, S]`` or ``[X, T, S]``; None where every pair is an edge.
             words: of the dropout, for queries ``[X, T]`` and keys, broadcastable to ``[X, S]``; None without it.
+            out: where the output is written; None takes memory that the next call takes again.
 
         Returns:
             Output ``[X, T, Dv]``, 0 for a query that reads nothing, and logsumexp ``[X, T]``, -inf there. Good until the
@@ -104,7 +111,8 @@ class Kernel:
         total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
         if words is not None:
             keep_(scores, kept_bits(*words, self.dropout, scores.dtype))
-        out = self.scratch.take("out", (*query.shape[:2], value.shape[2]), query)
+        if out is None:
+            out = self.scratch.take("out", (*query.shape[:2], value.shape[2]), query)
         torch.bmm(scores, value, out=out)
         # the largest score counts 1, so only an empty row has less
         out.mul_(1 / (total.clamp_min(1.0) * (1 - self.dropout)))

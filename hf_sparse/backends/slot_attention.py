@@ -70,9 +70,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple
             for at, allowed in pieces:
                 queries = slots.queries[at]
                 held = rows_at(own[0], queries), key_rows.of(at), value_rows.of(at)
-                part, part_lse = call.kernel.forward(*held, _term(allowed, q), _words(call, slots, at, row, head))
+                room = parts.room(queries.numel()).view(*queries.shape, -1)
+                _, part_lse = call.kernel.forward(*held, _term(allowed, q), _words(call, slots, at, row, head), room)
                 places.append(queries.flatten())
-                parts.room(queries.numel()).copy_(part.flatten(0, 1))
                 sums.room(queries.numel())[:, 0].copy_(part_lse.flatten())
         if places:
             out[row, head], lse[row, head] = merge(torch.cat(places), parts.take(), sums.take()[:, 0], tokens)

@@ -118,15 +118,19 @@ class SortedKeys:
         return self._sorted.as_strided(shape, (size * width, width, 1), (at.start - self._first) * size * width)
 
     def open_sum(self, rows: Rows) -> Tensor:
-        """Return zeros for sums over the queries of all blocks, ``[Y, D]``."""
-        return rows.room(len(self.places)).zero_()
+        """Return room for sums over the queries of all blocks, ``[Y, D]``, 0 where no block has its own queries."""
+        total = rows.room(len(self.places))
+        total[: self._reach * self._size] = 0.0
+        return total
 
     def add(self, total: Tensor, at: slice, weights: Tensor, queries: Tensor) -> None:
-        """Add to the sums of some blocks: weights ``[X, T, S]``, transposed, times queries ``[X, T, D]``."""
-        held = total.unflatten(0, (-1, self._size))
-        for i, part in enumerate(weights.split(self._size, 2)):
-            first = at.start - self._first + i
-            held[first : first + len(part)].baddbmm_(part.transpose(1, 2), queries)
+        """Add to the sums of some blocks, which come in their order: weights transposed, times queries ``[X, T, D]``."""
+        held, first = total.unflatten(0, (-1, self._size)), at.start - self._first
+        *before, own = weights.split(self._size, 2)
+        # what is added to the queries' own places was written there by an earlier block, or by this line
+        torch.bmm(own.transpose(1, 2), queries, out=held[first + self._reach : first + self._reach + len(own)])
+        for i, part in enumerate(before):
+            held[first + i : first + i + len(part)].baddbmm_(part.transpose(1, 2), queries)
 
 
 def keys_of(slots: Slots, own: slice, vectors: Tensor) -> NamedKeys | SortedKeys:

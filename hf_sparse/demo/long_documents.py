@@ -1,0 +1,145 @@
+"""The measured results of the recipes: contracts and meetings read whole, cut off, and in chunks.
+
+    python -m hf_sparse.demo.long_documents cuad --data DIR --models DIR
+
+writes a file for each run into recipes/results/, leaves out those that are there, and writes the tables of recipes/README.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hf_sparse
+from hf_sparse import recipes
+from hf_sparse.demo.report import BIGBIRD, LONGFORMER, checked_source
+from hf_sparse.demo.systems import BAND
+from hf_sparse.patterns import Pattern
+from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.finetune import finetune
+from hf_sparse.recipes.results import replace_part, surroundings, table
+
+HERE = Path(recipes.__file__).parent
+SEEDS = (0, 1, 2)
+LENGTH = 4096
+PATTERNS: dict[str, Pattern] = {
+    "longformer": LONGFORMER,
+    "bigbird": BIGBIRD,
+    "routing": hf_sparse.pattern("routing", num_clusters=32) | BAND,
+}
+# what stands outside of these two lines is written by hand
+START = (
+    "<!-- results: `python -m hf_sparse.demo.long_documents` writes what follows, up to the next line of this kind -->"
+)
+END = "<!-- end of results -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is trained on one dataset.
+
+    Attributes:
+        task: of the recipes.
+        title: of its table.
+        fields: arguments of the recipe.
+    """
+
+    task: str
+    title: str
+    fields: dict[str, Any]
+
+
+EXPERIMENTS = {
+    "cuad": Experiment("classify", "CUAD, 33 clauses of contracts", {"label_column": "labels", "train_size": 120}),
+    "qmsum": Experiment("retrieve", "QMSum, the meeting that a query is about", {"query_column": "queries.query"}),
+}
+SETTINGS = {"epochs": 2.0, "batch_size": 4, "gradient_accumulation_steps": 1, "truncate": True, "use_cpu": True}
+
+
+def main() -> None:
+    """Run what is missing, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--data", required=True, help="Folder with train.parquet, validation.parquet and test.parquet.")
+    parser.add_argument("--models", required=True, type=Path, help="Folder for converted checkpoints; may hold them.")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    held = parser.parse_args()
+    dense = str(checked_source())
+    for seed in SEEDS:
+        for key, pattern in PATTERNS.items():
+            source = held.models / f"{key}-{LENGTH}"
+            if not source.exists():
+                hf_sparse.convert(dense, source, pattern, max_length=LENGTH, verify=False)
+            # the baselines are of no pattern: they stand beside the first
+            first = key == next(iter(PATTERNS))
+            _measure(held, key, str(source), dense if first else None, seed)
+    write_page(held.results)
+
+
+def _measure(held: Any, key: str, source: str, dense: str | None, seed: int) -> None:
+    experiment = EXPERIMENTS[held.name]
+    path = held.results / held.name / f"{key}-{seed}.json"
+    if path.exists():
+        return
+    work = held.models / f"{held.name}-{key}-{seed}"
+    arguments = RecipeArguments(
+        source,
+        held.data,
+        str(work),
+        baselines=dense,
+        seeds=[seed],
+        resume=work.exists(),
+        **{**SETTINGS, **experiment.fields},
+    )
+    found = finetune(experiment.task, arguments)
+    for run in found["runs"]:
+        run.pop("losses")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {name: found[name] for name in ("task", "splits", "models", "runs")}
+    settings = {**SETTINGS, **experiment.fields, "learning_rate": arguments.learning_rate}
+    path.write_text(json.dumps({**kept, "settings": settings, **surroundings()}, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(work)
+
+
+def write_page(results: Path) -> None:
+    """Write the tables of all results into the page beside this module."""
+    lines = [line for name in EXPERIMENTS if (results / name).is_dir() for line in _section(name, results / name)]
+    replace_part(HERE / "README.md", START, END, lines)
+
+
+def _section(name: str, folder: Path) -> list[str]:
+    """Return heading, settings and table of one experiment."""
+    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    models: dict[str, Any] = {}
+    runs = []
+    for key in PATTERNS:
+        for seed in SEEDS:
+            found = files.get(f"{key}-{seed}", {"runs": ()})
+            for run in found["runs"]:
+                own = key if run["model"] == "sparse" else run["model"]
+                title = found["models"][run["model"]]["title"]
+                models.setdefault(own, {"title": title.replace("sparse,", f"{key},")})
+                runs.append({**run, "model": own})
+    last = next(reversed(files.values()))
+    seeds = {key: [str(run["seed"]) for run in runs if run["model"] == key] for key in models}
+    said = "; ".join(f"{models[key]['title']}: {', '.join(held)}" for key, held in seeds.items())
+    settings = ", ".join(f"{field} {value}" for field, value in last["settings"].items())
+    return [
+        f"### {EXPERIMENTS[name].title}",
+        "",
+        f"all-MiniLM-L6-v2, {settings}. Splits: {', '.join(f'{kind} {size}' for kind, size in last['splits'].items())}. "
+        f"Seeds: {said}. Where there are several: the mean and its 95 % interval by Student's t.",
+        "",
+        *table({"runs": runs, "models": models}),
+        "",
+        f"Device {last['device']}, {last['threads']} threads, "
+        f"{', '.join(f'{package} {version}' for package, version in last['versions'].items())}. "
+        f"Command: `python -m hf_sparse.demo.long_documents {name} --data DIR --models DIR`.",
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What every task has in common: which columns it reads, its head, its batches, and how it is judged."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+
+from hf_sparse.integration.entry import read_entry
+from hf_sparse.integration.sentences import sentence_ids
+from hf_sparse.patterns import Pattern
+from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.reading import Reading, pad
+
+
+class Task:
+    """One kind of thing to learn.
+
+    Attributes:
+        best: the metric that chooses the best epoch.
+        is_larger_better: whether that one is.
+        counts_tokens: whether the head's loss is a sum over tokens that it divides by their number in a whole step.
+        labels: names of the fields of a batch that are no input.
+        auto: the Auto class of the head.
+        trainer: the trainer.
+        settings: the class of its arguments.
+        more: of these.
+        baselines: how a dense model may read, beside.
+        judges_before: whether the model is judged before training, too.
+
+    Args:
+        splits: of the dataset.
+        arguments: name the columns.
+    """
+
+    best: ClassVar[str]
+    is_larger_better: ClassVar[bool] = True
+    counts_tokens: ClassVar[bool] = False
+    labels: ClassVar[tuple[str, ...]] = ("labels",)
+    auto: Any
+    trainer: ClassVar[type[Trainer]] = Trainer
+    settings: ClassVar[type[TrainingArguments]] = TrainingArguments
+    more: ClassVar[Mapping[str, Any]] = {}
+    baselines: ClassVar[tuple[str, ...]] = ("truncated", "chunks")
+    judges_before: ClassVar[bool] = False
+
+    def __init__(self, splits: Mapping[str, Dataset], arguments: RecipeArguments) -> None:
+        self.arguments = arguments
+
+    @classmethod
+    def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
+        """Return the columns that a split has to have."""
+        raise NotImplementedError
+
+    @classmethod
+    def processor(cls, source: str) -> Any:
+        """Return what makes a checkpoint's input of documents: its tokenizer."""
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # rows begin with their first token, whatever the tokenizer would do for generation
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load(self, source: str) -> PreTrainedModel:
+        """Return a checkpoint with the task's head."""
+        found: PreTrainedModel = self.auto.from_pretrained(source)
+        return found
+
+    def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
+        """Return a split as a model reads it.
+
+        Args:
+            split: of the dataset.
+            kind: "train", "validation" or "test".
+            tokenizer: of the model.
+            reading: how the model reads documents.
+
+        Raises:
+            RecipeError: if a document is too long, or something in it does not fit.
+        """
+        raise NotImplementedError
+
+    def collate(self, rows: list[dict[str, Any]], tokenizer: Any, reading: Reading) -> dict[str, Tensor]:
+        """Return a batch of rows, padded; each of their fields has a number for each token."""
+        fills = {"input_ids": tokenizer.pad_token_id, "labels": -100, "document_ids": -1}
+        return pad(rows, reading.multiple, fills)
+
+    def finish(self, batch: dict[str, Tensor], tokenizer: Any) -> dict[str, Tensor]:
+        """Return a batch with what is drawn anew each time, such as masked tokens."""
+        return batch
+
+    def collator(self, tokenizer: Any, model: PreTrainedModel, reading: Reading) -> Any:
+        """Return what makes a batch, with what the model's pattern reads beside tokens, so that nobody can forget it.
+
+        Global are the tokens that rows say, else the first. Segments are sentences.
+        """
+        patterns = _patterns(model)
+        has_marks = any(pattern.has_global_tokens for pattern in patterns)
+        segmented = next((pattern for pattern in patterns if pattern.takes_segments), None)
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            batch = self.collate(rows, tokenizer, reading)
+            if not patterns:
+                batch.pop("document_ids", None)
+            if not has_marks:
+                batch.pop("global_attention_mask", None)
+            elif "global_attention_mask" not in batch:
+                real = batch["attention_mask"]
+                batch["global_attention_mask"] = torch.zeros_like(real).scatter(1, real.argmax(1, keepdim=True), 1)
+            if segmented is not None:
+                ids = batch["input_ids"]
+                batch["segment_ids"] = sentence_ids(ids, tokenizer, most=segmented.num_nodes(ids.shape[1]))
+            return self.finish(batch, tokenizer)
+
+        return collate
+
+    def prepare(self, trainer: Any) -> None:
+        """Give a trainer what else it needs."""
+
+    def reduce(self, logits: Any, labels: Any) -> Any:
+        """Return what is kept of the logits of a batch for ``metrics``."""
+        return logits
+
+    def choose(self, predictions: Any, labels: np.ndarray) -> None:
+        """Choose what is chosen on the validation split, such as a threshold."""
+
+    def metrics(self, predictions: Any, labels: np.ndarray, kind: str) -> dict[str, float]:
+        """Return the metrics of what was predicted for a split, in its order."""
+        raise NotImplementedError
+
+    def details(self) -> dict[str, Any]:
+        """Return what else is to be known of a run."""
+        return {}
+
+
+def _patterns(model: PreTrainedModel) -> list[Pattern]:
+    """Return the patterns of a model; none of a dense one."""
+    if getattr(model.config, "sparse_attention", None) is None:
+        return []
+    entry = read_entry(model.config)
+    return [pattern for pattern in (entry.pattern, *(held for _, held in entry.layers)) if pattern is not None]
+
+
+def without_pooler(model: Any) -> Any:
+    """Return a model whose pooler is not trained: nothing reads it, and several processes would wait for its gradients."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler.requires_grad_(False)
+    return model
+
+
+def encoded(split: Dataset, rows: Any) -> Dataset:
+    """Return a split in which ``rows`` made lists of fields out of lists of columns."""
+    return split.map(rows, batched=True, remove_columns=split.column_names, desc="Reading documents")
+
+
+def listed(rows: list[dict[str, Any]], names: tuple[str, ...] = ()) -> dict[str, list[Any]]:
+    """Return rows as lists of fields: what a model reads of what ``tokenize`` gave, and those named."""
+    left_out = {"offset_mapping", "word_ids", "sequence_ids"} - set(names)
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in left_out}

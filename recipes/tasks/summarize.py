@@ -1,0 +1,62 @@
+"""Summarisation: a short text for a long one, by an encoder and decoder."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.metrics import load_metric
+from hf_sparse.recipes.reading import Reading, pad, tokenize
+from hf_sparse.recipes.tasks.parent import Task, encoded, listed
+
+_IGNORED = -100
+
+
+class Summarization(Task):
+    """Documents and their summaries."""
+
+    best = "rougeL"
+    counts_tokens = True
+    auto = AutoModelForSeq2SeqLM
+    trainer = Seq2SeqTrainer
+    settings = Seq2SeqTrainingArguments
+    more: ClassVar[Mapping[str, Any]] = {"predict_with_generate": True}
+
+    @classmethod
+    def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
+        return arguments.text_column or "text", arguments.label_column or "summary"
+
+    def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
+        text, summary = self.columns(self.arguments)
+        self._tokenizer = tokenizer
+        short = Reading(self.arguments.max_summary_length, cuts=True)
+
+        def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            found = listed(tokenize(tokenizer, reading, held[text]))
+            return {**found, "labels": listed(tokenize(tokenizer, short, held[summary]))["input_ids"]}
+
+        return encoded(split, rows)
+
+    def collate(self, rows: list[dict[str, Any]], tokenizer: Any, reading: Reading) -> dict[str, Tensor]:
+        held = [{name: row[name] for name in row if name != "labels"} for row in rows]
+        labels = pad([{"input_ids": row["labels"]} for row in rows], 1, {"input_ids": _IGNORED})
+        return {**super().collate(held, tokenizer, reading), "labels": labels["input_ids"]}
+
+    def load(self, source: str) -> PreTrainedModel:
+        model = super().load(source)
+        model.generation_config.max_length = self.arguments.max_summary_length
+        return model
+
+    def metrics(self, predictions: np.ndarray, labels: np.ndarray, kind: str) -> dict[str, float]:
+        """Return ROUGE, given generated and wanted ids, filled up with -100."""
+        said, wanted = (
+            self._tokenizer.batch_decode(
+                np.where(ids == _IGNORED, self._tokenizer.pad_token_id, ids), skip_special_tokens=True
+            )
+            for ids in (predictions, labels)
+        )
+        return dict(load_metric("rouge").compute(predictions=said, references=wanted))

@@ -1,0 +1,234 @@
+"""One run: a model trained by ``Trainer``, judged, and left in its folder."""
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.chunks import read_in_chunks_
+from hf_sparse.recipes.lora import add_lora, merge_lora
+from hf_sparse.recipes.losses import added_losses
+from hf_sparse.recipes.reading import Reading
+from hf_sparse.recipes.tasks.parent import Task
+
+# what a run found, in its folder: it is done
+DONE = "run.json"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that a recipe trains, and how it reads.
+
+    Attributes:
+        name: "sparse", or that of a baseline: "truncated" or "chunks".
+        title: what tables call it.
+        source: the checkpoint.
+        reading: how it reads documents.
+    """
+
+    name: str
+    title: str
+    source: str
+    reading: Reading
+
+
+class StepClock(TrainerCallback):
+    """Adds up the seconds of the optimizer's steps, without what is evaluated and saved in between."""
+
+    def __init__(self) -> None:
+        self.seconds, self._start = 0.0, 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+def train(
+    task: Task, reader: Reader, arguments: RecipeArguments, seed: int, splits: dict[str, Any], tokenizer: Any
+) -> dict[str, Any]:
+    """Train and judge one model, and leave it in the folder of its seed; what is done already is read there.
+
+    Args:
+        task: what to learn.
+        reader: which model.
+        arguments: everything else.
+        seed: of the run.
+        splits: "train", "validation" and "test" as the reader reads them.
+        tokenizer: of the model.
+    """
+    folder = folder_of(reader, arguments, seed)
+    if (folder / DONE).is_file():
+        found: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        return found
+    set_seed(seed)
+    model = task.load(reader.source)
+    if reader.reading.chunk:
+        read_in_chunks_(model, reader.reading.chunk)
+    losses = added_losses(model, arguments, tokenizer) if reader.name == "sparse" else []
+    if arguments.lora:
+        model = add_lora(model, arguments.lora)
+    clock, pushes = StepClock(), bool(arguments.push_to_hub) and reader.name == "sparse" and seed == arguments.seeds[0]
+    trainer = _with_losses(task.trainer, losses)(
+        model=model,
+        args=_training_arguments(task, arguments, seed, folder, pushes=pushes),
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=tokenizer,
+        data_collator=task.collator(tokenizer, model, reader.reading),
+        compute_metrics=lambda held: task.metrics(held.predictions, held.label_ids, "validation"),
+        preprocess_logits_for_metrics=task.reduce,
+        callbacks=[clock, *([EarlyStoppingCallback(arguments.patience)] if arguments.patience else [])],
+    )
+    # heads that do not count tokens take their number all the same: Trainer would not average over the batches of a step
+    trainer.model_accepts_loss_kwargs = task.counts_tokens
+    task.prepare(trainer)
+    before = {"before": _judged(task, trainer, splits)["metrics"]} if task.judges_before else {}
+    _begin_peak()
+    last = get_last_checkpoint(str(folder)) if arguments.resume and folder.is_dir() else None
+    seen = _tokens(last)
+    trainer.train(resume_from_checkpoint=last)
+    run = {
+        "model": reader.name,
+        "seed": seed,
+        "steps": trainer.state.global_step,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "seconds": clock.seconds,
+        "tokens_per_second": _speed(trainer.state.num_input_tokens_seen - seen, clock.seconds),
+        "peak_memory_mib": _peak_memory(),
+        **before,
+        **_judged(task, trainer, splits),
+    }
+    if arguments.lora:
+        trainer.model = merge_lora(trainer.model)
+    trainer.save_model(str(folder))
+    if pushes:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        (folder / DONE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    return run
+
+
+def folder_of(reader: Reader, arguments: RecipeArguments, seed: int) -> Path:
+    """Return the folder of a run."""
+    own = Path(arguments.output) if reader.name == "sparse" else Path(arguments.output, reader.name)
+    return own / f"seed-{seed}"
+
+
+def _judged(task: Task, trainer: Any, splits: dict[str, Any]) -> dict[str, Any]:
+    """Return loss and metrics of the test split, after what is chosen on the validation split was chosen there."""
+    metrics, trainer.compute_metrics = trainer.compute_metrics, None
+    held = trainer.predict(splits["validation"])
+    task.choose(held.predictions, held.label_ids)
+    found = trainer.predict(splits["test"])
+    trainer.compute_metrics = metrics
+    scores = task.metrics(found.predictions, found.label_ids, "test")
+    return {"metrics": scores, "loss": (found.metrics or {}).get("test_loss"), **task.details()}
+
+
+def _with_losses(parent: Any, losses: list[Callable[[Any, dict[str, Any], Tensor], Tensor]]) -> Any:
+    """Return a trainer that adds losses to the task's own, in training."""
+    if not losses:
+        return parent
+
+    class WithLosses(parent):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            if model.training:
+                loss = loss + sum(added(model, inputs, loss) for added in losses)
+            return (loss, outputs) if return_outputs else loss
+
+    return WithLosses
+
+
+def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folder: Path, *, pushes: bool) -> Any:
+    # transformers 5.23 calls it anew, and 5.20 does not know the new name
+    names = "activation_checkpointing", "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {
+        next(name for name in names if hasattr(TrainingArguments, name)): arguments.gradient_checkpointing
+    }
+    when = "steps" if arguments.save_steps else "epoch"
+    settings: dict[str, Any] = dict(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=arguments.epochs,
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        learning_rate=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        warmup_steps=0.1,
+        bf16=arguments.precision == "bf16",
+        fp16=arguments.precision == "fp16",
+        use_cpu=arguments.use_cpu,
+        # a warning each time, where there is no GPU to copy to
+        dataloader_pin_memory=torch.cuda.is_available() and not arguments.use_cpu,
+        # documents of about one length together: less padding
+        train_sampling_strategy="random" if arguments.streaming else "group_by_length",
+        # losses of heads that do not count tokens would be multiplied by the number of processes
+        average_tokens_across_devices=task.counts_tokens,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy=when,
+        save_strategy=when,
+        eval_steps=arguments.save_steps or None,
+        save_steps=arguments.save_steps or 500,
+        logging_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=task.best,
+        greater_is_better=task.is_larger_better,
+        report_to=["tensorboard"],
+        push_to_hub=pushes,
+        hub_model_id=arguments.push_to_hub if pushes else None,
+        # what a collator adds is no column of the dataset
+        remove_unused_columns=False,
+        label_names=list(task.labels),
+        **checkpointing,
+    )
+    return task.settings(**{**settings, **task.more})
+
+
+def _tokens(checkpoint: str | None) -> int:
+    """Return how many tokens had been seen when a checkpoint was written."""
+    if checkpoint is None:
+        return 0
+    return int(json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["num_input_tokens_seen"])
+
+
+def _begin_peak() -> None:
+    """Forget the most memory that was held so far; Linux can, elsewhere the process's own record goes on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # where it is not allowed, earlier runs of the process count too
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> float:
+    """Return the most memory that was held, in MiB: of the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    # of what is no Linux, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _speed(tokens: int, seconds: float) -> float | None:
+    """Return tokens a second; None where nothing was trained, or what is read are no tokens."""
+    return tokens / seconds if tokens and seconds else None
