@@ -100,6 +100,8 @@ class RecipeArguments:
             raise ValueError(f"--train_size must be at least 1, got {self.train_size}")
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming needs --max_steps: how many there are to come is not known")
+        if self.streaming and self.train_size is not None:
+            raise ValueError("--train_size chooses from all documents, and --streaming has not seen them; leave one out")
 
     def check_task(self, name: str) -> None:
         """Check that nothing is asked for that a task has no use for.

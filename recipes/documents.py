@@ -16,7 +16,7 @@ _IMAGES = "imagefolder"
 
 
 def read_splits(arguments: RecipeArguments, columns: tuple[str, ...]) -> dict[str, Any]:
-    """Return the splits "train", "validation" and "test"; "train" cut to what is asked for, or read on the way.
+    """Return the splits "train", "validation" and "test"; "train" may be read on the way.
 
     Args:
         arguments: name the dataset and what its splits are called.
@@ -45,8 +45,6 @@ def read_splits(arguments: RecipeArguments, columns: tuple[str, ...]) -> dict[st
         if isinstance(split, Dataset) and not len(split):
             raise RecipeError(f"{arguments.dataset}: the split {name!r} is empty")
         splits[kind] = split
-    if arguments.train_size is not None:
-        splits["train"] = _some(splits["train"], arguments.train_size, columns[0])
     return splits
 
 
@@ -58,8 +56,8 @@ def values_of(held: dict[str, list[Any]], column: str) -> list[Any]:
     return [[record[field] for record in records] for records in held[name]]
 
 
-def _some(split: Dataset, count: int, column: str) -> Dataset:
-    """Return rows fixed by the hash of what stands in a column, so that they are the same wherever it was sorted."""
+def some_of(split: Dataset, count: int, column: str) -> Dataset:
+    """Return rows chosen by the hash of what stands in a column, so that they are the same however the split is sorted."""
     said = [hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest() for value in split[column]]
     return split.select(sorted(sorted(range(len(said)), key=said.__getitem__)[:count]))
 

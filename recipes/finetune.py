@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from hf_sparse.errors import RecipeError
 from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.documents import read_splits
+from hf_sparse.recipes.documents import read_splits, some_of
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.results import write_results
 from hf_sparse.recipes.tasks import TASKS
@@ -40,9 +40,13 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     readers = _readers(name, arguments)
     folder = Path(arguments.output)
     _check_folder(folder, name, arguments)
-    splits = read_splits(arguments, TASKS[name].columns(arguments))
+    columns = TASKS[name].columns(arguments)
+    splits = read_splits(arguments, columns)
     # each keeps what it chose, and what it reads answers in
     tasks = {reader.name: TASKS[name](splits, arguments) for reader in readers}
+    if arguments.train_size is not None:
+        # what there is to tell apart is known from all of them
+        splits["train"] = some_of(splits["train"], arguments.train_size, columns[0])
     # a dense model reads an image in the size it knows, and chunks of what the sparse one reads
     processors = {
         reader.name: TASKS[name].processor(reader.source if reader.name == "truncated" else arguments.model)
