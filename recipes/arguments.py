@@ -1,5 +1,6 @@
 """What a recipe is told: one dataclass for the command line, a YAML file and several processes alike."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,9 @@ class RecipeArguments:
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming needs --max_steps: how many there are to come is not known")
         if self.streaming and self.train_size is not None:
-            raise ValueError("--train_size chooses from all documents, and --streaming has not seen them; leave one out")
+            raise ValueError(
+                "--train_size chooses from all documents, and --streaming has not seen them; leave one out"
+            )
 
     def check_task(self, name: str) -> None:
         """Check that nothing is asked for that a task has no use for.
@@ -115,12 +118,13 @@ class RecipeArguments:
                 raise ValueError(f"--{one.name} is of {', '.join(tasks)}; {name} has no use for it")
 
 
-def read_arguments(args: Sequence[str], prog: str) -> RecipeArguments:
+def read_arguments(args: Sequence[str], prog: str, task: str = "") -> RecipeArguments:
     """Return the arguments of a command line; what it says goes before what a file says (``--config FILE``).
 
     Args:
         args: of the command line, without the name of the task.
         prog: what help and errors call the command.
+        task: whose help leaves out what it has no use for; without it nothing is.
 
     Raises:
         ValueError: if an argument is unknown, lacking or out of range, or the file has an unknown key.
@@ -130,6 +134,9 @@ def read_arguments(args: Sequence[str], prog: str) -> RecipeArguments:
     parser: Any = HfArgumentParser(RecipeArguments, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE", help="A YAML file of these arguments by their names.")
     parser.error = _raise
+    for action in parser._actions:
+        if task and task not in TASKS_OF.get(action.dest, (task,)):
+            action.help = argparse.SUPPRESS
     given = list(args)
     if "--config" in given[:-1]:
         held = _read_file(Path(given[given.index("--config") + 1]))

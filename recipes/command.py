@@ -59,7 +59,7 @@ def _finetune(name: str, context: typer.Context) -> None:
         from hf_sparse.recipes.finetune import finetune
     except ImportError as error:
         raise RecipeError(f"recipes need {error.name}; pip install 'hf-sparse[recipes]'") from error
-    arguments = read_arguments(context.args, context.command_path)
+    arguments = read_arguments(context.args, context.command_path, name)
     results = finetune(name, arguments)
     for run in results["runs"]:
         said = ", ".join(f"{metric} {value:.4f}" for metric, value in run["metrics"].items())

@@ -162,7 +162,9 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(source: str, tmp_p
     refused("has no two different labels to tell apart")
 
 
-def test_arguments_come_from_the_command_line_and_from_a_file(tmp_path: Path) -> None:
+def test_arguments_come_from_the_command_line_and_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: one\ndataset: two\nepochs: 7\nseeds: [3, 4]\n")
     held = read_arguments(["--config", str(path), "--output", "out", "--model", "mine", "--batch-size", "2"], "it")
@@ -174,6 +176,11 @@ def test_arguments_come_from_the_command_line_and_from_a_file(tmp_path: Path) ->
         read_arguments(["--config", str(path), "--output", "out", "--batch", "3"], "it")
     with pytest.raises(ValueError, match="--batch_size must be at least 1, got 0"):
         read_arguments(["--config", str(path), "--output", "out", "--batch_size", "0"], "it")
+    with pytest.raises(SystemExit):
+        read_arguments(["--help"], "it", "classify")
+    said = capsys.readouterr().out
+    assert "--label-column" in said
+    assert "--teacher" not in said
     path.write_text("modle: one\n")
     with pytest.raises(ValueError, match="has the unknown key 'modle'; known: model, dataset"):
         read_arguments(["--config", str(path)], "it")
