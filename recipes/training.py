@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.chunks import read_in_chunks_
@@ -96,7 +95,7 @@ def train(
     task.prepare(trainer)
     before = {"before": _judged(task, trainer, splits)["metrics"]} if task.judges_before else {}
     _begin_peak()
-    last = get_last_checkpoint(str(folder)) if arguments.resume and folder.is_dir() else None
+    last = _last_checkpoint(folder) if arguments.resume else None
     seen = _tokens(last)
     trainer.train(resume_from_checkpoint=last)
     run = {
@@ -199,6 +198,18 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
         **checkpointing,
     )
     return task.settings(**{**settings, **task.more})
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint that is whole: what Trainer writes last is there, and can be read."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            # the process ended while it was written
+            continue
+        return str(path)
+    return None
 
 
 def _tokens(checkpoint: str | None) -> int:

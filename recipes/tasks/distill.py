@@ -131,7 +131,8 @@ class Distillation(Task):
             )
             return {name: found[name] for name in ("input_ids", "attention_mask")}
 
-        settings: dict[str, Any] = {"batched": True, "remove_columns": split.column_names}
+        # of a stream the names may not be known before it is read
+        settings: dict[str, Any] = {"batched": True, "remove_columns": split.column_names or list(next(iter(split)))}
         return split.map(rows, **settings)
 
     def shortened(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -48,7 +48,8 @@ class _Language(Task):
             found = listed(tokenize(tokenizer, reading, texts))
             return {name: found[name] for name in ("input_ids", "attention_mask")}
 
-        settings: dict[str, Any] = {"batched": True, "remove_columns": split.column_names}
+        # of a stream the names may not be known before it is read
+        settings: dict[str, Any] = {"batched": True, "remove_columns": split.column_names or list(next(iter(split)))}
         if isinstance(split, Dataset):
             settings["desc"] = "Reading documents"
         found = split.map(rows, **settings)

@@ -124,6 +124,8 @@ def test_a_run_goes_on_where_it_was_stopped_with_the_same_losses(
         finetune("classify", arguments(source, dataset, tmp_path / "parts"))
     with pytest.raises(RecipeError, match=r"was begun with learning_rate=0\.003, not 0\.1"):
         finetune("classify", arguments(source, dataset, tmp_path / "parts", resume=True, learning_rate=0.1))
+    # the process ended while this one was written
+    (tmp_path / "parts" / "seed-0" / "checkpoint-15").mkdir()
     parts = finetune("classify", arguments(source, dataset, tmp_path / "parts", resume=True))["runs"][0]
     assert parts["losses"] == whole["losses"]
     assert parts["loss"] == whole["loss"]
