@@ -13,7 +13,7 @@
 .PHONY: demo docs systems bench test test-all lint
 
 TORCH_INDEX ?=
-TEST_EXTRAS := dev,demo,bench,recipes
+TEST_EXTRAS := dev,demo,bench,recipes,notebooks
 MODE ?= quick
 KEYS ?=
 DEVICE ?= cpu
