@@ -13,7 +13,7 @@
 .PHONY: demo docs systems bench test test-all lint
 
 TORCH_INDEX ?=
-TEST_EXTRAS := dev,demo,bench,recipes,peft
+TEST_EXTRAS := dev,demo,bench,recipes,peft,notebooks
 MODE ?= quick
 KEYS ?=
 DEVICE ?= cpu
