@@ -83,6 +83,10 @@ class RecipeArguments:
     push_to_hub: str | None = _field(None, "Id on the Hub to push the model of the first seed to.")
 
     def __post_init__(self) -> None:
+        for name in ("model", "dataset", "output", "baselines", "teacher"):
+            if getattr(self, name) is not None:
+                # paths will do
+                setattr(self, name, str(getattr(self, name)))
         for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("patience", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")

@@ -101,6 +101,7 @@ def train(
     run = {
         "model": reader.name,
         "seed": seed,
+        "folder": str(folder),
         "steps": trainer.state.global_step,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,

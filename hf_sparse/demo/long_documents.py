@@ -96,6 +96,8 @@ def _measure(held: Any, key: str, source: str, dense: str | None, seed: int) -> 
     found = finetune(experiment.task, arguments)
     for run in found["runs"]:
         run.pop("losses")
+        # where it was trained is nobody's business
+        run.pop("folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: found[name] for name in ("task", "splits", "models", "runs")}
     settings = {**SETTINGS, **experiment.fields, "learning_rate": arguments.learning_rate}

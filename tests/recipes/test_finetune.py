@@ -80,7 +80,8 @@ def test_a_classifier_learns_what_stands_anywhere_and_is_reloaded(source: str, t
         assert statistics.fmean(run["losses"][-6:]) < 0.5 * statistics.fmean(run["losses"][:6])
         assert run["metrics"] == {"accuracy": 1.0, "f1_micro": 1.0, "f1_macro": 1.0}
         assert run["tokens_per_second"] > 0
-        check_reload(tmp_path / "run" / f"seed-{run['seed']}")
+        assert run["folder"] == str(tmp_path / "run" / f"seed-{run['seed']}")
+        check_reload(Path(run["folder"]))
     held = json.loads((tmp_path / "run" / "results.json").read_text())
     assert held["splits"] == SIZES
     assert held["versions"]["hf_sparse"] == hf_sparse.__version__
