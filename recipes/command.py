@@ -9,8 +9,8 @@ from hf_sparse.console import make_app
 from hf_sparse.errors import RecipeError
 
 CONFIGS = Path(__file__).parent / "configs"
-# how several processes are started on a CPU
-ON_CPU = "torchrun --nproc-per-node 2 -m hf_sparse.recipes.finetune classify --use-cpu ..."
+# how several processes are started on a CPU; standalone takes a free port, so two runs on one machine do not meet
+ON_CPU = "torchrun --standalone --nproc-per-node 2 -m hf_sparse.recipes.finetune classify --use-cpu ..."
 
 recipe_app = make_app()
 

@@ -17,17 +17,18 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.checkpoints import last_whole_checkpoint
 from hf_sparse.recipes.documents import read_splits
+from hf_sparse.recipes.order import OrderedTrainer
+from hf_sparse.recipes.processes import telling_of_lost_processes
 from hf_sparse.recipes.results import write_results
 from hf_sparse.recipes.tasks.classify import Classification
 
@@ -62,7 +63,8 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     task = TASKS[name](splits, arguments)
     encoded = {kind: task.encode(split, tokenizer, longest) for kind, split in splits.items()}
     _begin_folder(folder, arguments)
-    runs = [_run(task, arguments, seed, encoded, tokenizer) for seed in arguments.seeds]
+    with telling_of_lost_processes(folder):
+        runs = [_run(task, arguments, seed, encoded, tokenizer) for seed in arguments.seeds]
     results = {
         "task": name,
         "arguments": dataclasses.asdict(arguments),
@@ -144,7 +146,7 @@ def _run(task: Any, arguments: RecipeArguments, seed: int, encoded: dict[str, An
     model = task.load(arguments.model)
     clock = StepClock()
     stopping = [EarlyStoppingCallback(arguments.patience)] if arguments.patience else []
-    trainer = Trainer(
+    trainer = OrderedTrainer(
         model=model,
         args=_training_arguments(task, arguments, seed, folder),
         train_dataset=encoded["train"],
@@ -156,7 +158,7 @@ def _run(task: Any, arguments: RecipeArguments, seed: int, encoded: dict[str, An
     )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    last = get_last_checkpoint(str(folder)) if arguments.resume and folder.is_dir() else None
+    last = last_whole_checkpoint(folder) if arguments.resume else None
     seen = _tokens(last)
     trainer.train(resume_from_checkpoint=last)
     held = trainer.predict(encoded["validation"])
