@@ -29,7 +29,7 @@ from tests.support.checkpoints import write_checkpoint, write_tokenizer
 from tests.support.documents import write_labelled
 from tests.support.ranks import ON_TWO, finish, run_on_two, start
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.several_processes]
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"train": 16, "validation": 4, "test": 4}
 LONGFORMER = hf_sparse.pattern("longformer", window=8)
 ROUTING = hf_sparse.pattern("routing", num_clusters=4, decay=0.5) | hf_sparse.pattern("band", radius=4)
@@ -90,6 +90,7 @@ def check_same(two: Path, one: Path) -> None:
                 assert (weights[name] - other).norm() <= 1e-5 * other.norm(), f"{name} after {step} steps"
 
 
+@pytest.mark.several_processes
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(dataset: str, tmp_path: Path) -> None:
     longformer = sparse_checkpoint(tmp_path / "longformer", LONGFORMER)
     routing = sparse_checkpoint(tmp_path / "routing", ROUTING)
@@ -120,7 +121,25 @@ def test_centroids_move_with_each_batch_so_that_accumulating_two_is_another_run(
     assert (whole[name] - parts[name]).norm() > 1e-3 * whole[name].norm()
 
 
+def test_a_run_goes_on_from_before_a_checkpoint_that_was_cut_short(dataset: str, tmp_path: Path) -> None:
+    model = sparse_checkpoint(tmp_path, LONGFORMER, hidden_dropout_prob=0.1)
+    fields = {"batch_size": 4, "epochs": 2.0}
+    for name in ("whole", "parts"):
+        learn(recipe(model, dataset, tmp_path / name, **fields))
+    cut = tmp_path / "parts" / "seed-0" / "checkpoint-8"
+    (cut / "trainer_state.json").unlink()
+    (cut / "optimizer.pt").write_bytes(b"")
+    learn(recipe(model, dataset, tmp_path / "parts", **fields, resume=True))
+    found, wanted = (
+        load_file(tmp_path / name / "seed-0" / "checkpoint-8" / "model.safetensors") for name in ("parts", "whole")
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], weights) for name, weights in wanted.items())
+    assert numbers(cut).equal(numbers(tmp_path / "whole" / "seed-0" / "checkpoint-8"))
+
+
 @pytest.mark.slow
+@pytest.mark.several_processes
 def test_the_printed_command_starts_two_processes(
     dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +170,7 @@ def _wait_for_one_that_is_gone(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.several_processes
 def test_a_process_that_waits_for_one_that_is_gone_says_how_to_go_on(tmp_path: Path) -> None:
     mp.spawn(_wait_for_one_that_is_gone, (tmp_path,), nprocs=2)
     said = (tmp_path / "said").read_text()
@@ -162,6 +182,7 @@ def test_a_process_that_waits_for_one_that_is_gone_says_how_to_go_on(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.several_processes
 def test_a_run_whose_process_is_killed_ends_and_is_gone_on_with_to_the_same_losses(
     dataset: str, tmp_path: Path
 ) -> None:
