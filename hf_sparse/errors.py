@@ -19,3 +19,7 @@ class UnfinishedConversionError(ConversionError):
 
 class RecipeError(HfSparseError, ValueError):
     """A recipe that cannot be run as it was asked for; nothing was trained."""
+
+
+class LostProcessError(HfSparseError, RuntimeError):
+    """A run whose other processes have ended or do not answer; its checkpoints are as they were."""

@@ -10,8 +10,8 @@ from hf_sparse.console import make_app
 from hf_sparse.errors import RecipeError
 
 CONFIGS = Path(__file__).parent / "configs"
-# how several processes are started on a CPU
-ON_CPU = "torchrun --nproc-per-node 2 -m hf_sparse.recipes.finetune classify --use-cpu ..."
+# how several processes are started on a CPU; standalone takes a free port, so two runs on one machine do not meet
+ON_CPU = "torchrun --standalone --nproc-per-node 2 -m hf_sparse.recipes.finetune classify --use-cpu ..."
 # what each task is, and what it is given beside --model, --dataset and --output
 TASKS = {
     "classify": ("Classify long documents, with one label or several for each", "--label-column labels"),
@@ -56,11 +56,13 @@ for _name, (_what, _example) in TASKS.items():
 def _finetune(name: str, context: typer.Context) -> None:
     try:
         from hf_sparse.recipes.arguments import read_arguments
-        from hf_sparse.recipes.finetune import finetune
+        from hf_sparse.recipes.finetune import finetune, is_first_process
     except ImportError as error:
         raise RecipeError(f"recipes need {error.name}; pip install 'hf-sparse[recipes]'") from error
     arguments = read_arguments(context.args, context.command_path, name)
     results = finetune(name, arguments)
+    if not is_first_process():
+        return
     for run in results["runs"]:
         said = ", ".join(f"{metric} {value:.4f}" for metric, value in run["metrics"].items())
         title = results["models"][run["model"]]["title"]

@@ -16,6 +16,7 @@ from hf_sparse.errors import RecipeError
 from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import read_splits, some_of
+from hf_sparse.recipes.processes import telling_of_lost_processes
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.results import write_results
 from hf_sparse.recipes.tasks import TASKS
@@ -60,11 +61,12 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
         for reader in readers
     }
     _begin_folder(folder, name, arguments)
-    runs = [
-        train(tasks[reader.name], reader, arguments, seed, encoded[reader.name], processors[reader.name])
-        for seed in arguments.seeds
-        for reader in readers
-    ]
+    with telling_of_lost_processes(folder):
+        runs = [
+            train(tasks[reader.name], reader, arguments, seed, encoded[reader.name], processors[reader.name])
+            for seed in arguments.seeds
+            for reader in readers
+        ]
     results = {
         "task": name,
         "arguments": dataclasses.asdict(arguments),

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import hf_sparse
+from hf_sparse.recipes.processes import count_processes
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -25,13 +26,14 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def surroundings() -> dict[str, Any]:
-    """Return versions, device, and the commit of the folder that this runs in; None where that is no checkout."""
+    """Return versions, device, processes, and the commit of the folder that this runs in; None where that is no checkout."""
     asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     packages = (hf_sparse, torch, transformers, accelerate, datasets)
     return {
         "versions": {package.__name__: package.__version__ for package in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
+        "processes": count_processes(),
         "commit": asked.stdout.strip() or None,
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.checkpoints import last_whole_checkpoint
 from hf_sparse.recipes.chunks import read_in_chunks_
 from hf_sparse.recipes.lora import add_lora, merge_lora
 from hf_sparse.recipes.losses import added_losses
@@ -95,7 +96,7 @@ def train(
     task.prepare(trainer)
     before = {"before": _judged(task, trainer, splits)["metrics"]} if task.judges_before else {}
     _begin_peak()
-    last = _last_checkpoint(folder) if arguments.resume else None
+    last = last_whole_checkpoint(folder) if arguments.resume else None
     seen = _tokens(last)
     trainer.train(resume_from_checkpoint=last)
     run = {
@@ -199,18 +200,6 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
         **checkpointing,
     )
     return task.settings(**{**settings, **task.more})
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the last checkpoint that is whole: what Trainer writes last is there, and can be read."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            # the process ended while it was written
-            continue
-        return str(path)
-    return None
 
 
 def _tokens(checkpoint: str | None) -> int:

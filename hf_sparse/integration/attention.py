@@ -31,6 +31,8 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
+    head_offset: int = 0,
+    num_heads: int | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend along the pattern of a tagged module; registered as ``hf_sparse``.
@@ -52,6 +54,8 @@ def attend(
         softcap: as Gemma 2 passes it.
         s_aux: attention sinks, as gpt-oss passes them.
         sliding_window: the model's own; refused.
+        head_offset: index of the first head held here, where ranks share a layer's heads.
+        num_heads: heads of the whole layer; None where all are here.
 
     Returns:
         Output ``[B, T, H, Dv]``, and None in the place of attention weights.
@@ -108,6 +112,8 @@ def attend(
         bias=position_bias,
         softcap=softcap,
         sinks=s_aux,
+        head_offset=head_offset,
+        num_heads=num_heads,
         training=bool(getattr(module, "training", False)),
     )
     return attended.transpose(1, 2).contiguous(), None

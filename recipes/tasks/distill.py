@@ -16,13 +16,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedModel,
-    Trainer,
 )
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.integration.layers import self_attention_modules
 from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.tasks.parent import Task, without_pooler
 
@@ -51,7 +51,7 @@ class Said:
         return (self.logits, *self.hidden, *self.attention)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(OrderedTrainer):
     """Trains a model on the divergence from another, which is set as ``task`` has prepared it."""
 
     teacher: Any

@@ -13,6 +13,7 @@ from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.sentences import sentence_ids
 from hf_sparse.patterns import Pattern
 from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading, pad
 
 
@@ -41,7 +42,7 @@ class Task:
     counts_tokens: ClassVar[bool] = False
     labels: ClassVar[tuple[str, ...]] = ("labels",)
     auto: Any
-    trainer: ClassVar[type[Trainer]] = Trainer
+    trainer: ClassVar[type[Trainer]] = OrderedTrainer
     settings: ClassVar[type[TrainingArguments]] = TrainingArguments
     more: ClassVar[Mapping[str, Any]] = {}
     baselines: ClassVar[tuple[str, ...]] = ("truncated", "chunks")

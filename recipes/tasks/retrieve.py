@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModel, Trainer
+from transformers import AutoModel
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import values_of
 from hf_sparse.recipes.metrics import load_metric
+from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading, pad, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed, without_pooler
 
@@ -22,7 +23,7 @@ SCALE = 20.0
 _QUERY = "query_"
 
 
-class RetrievalTrainer(Trainer):
+class RetrievalTrainer(OrderedTrainer):
     """Trains a model whose vectors are means over tokens, of unit length, against the other documents of a batch."""
 
     def compute_loss(

@@ -10,10 +10,15 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer,
 
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
+from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading, pad, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed
 
 _IGNORED = -100
+
+
+class SummarizationTrainer(OrderedTrainer, Seq2SeqTrainer):
+    """Judges summaries that were generated, and trains on documents in the common order."""
 
 
 class Summarization(Task):
@@ -22,7 +27,7 @@ class Summarization(Task):
     best = "rougeL"
     counts_tokens = True
     auto = AutoModelForSeq2SeqLM
-    trainer = Seq2SeqTrainer
+    trainer = SummarizationTrainer
     settings = Seq2SeqTrainingArguments
     more: ClassVar[Mapping[str, Any]] = {"predict_with_generate": True}
 

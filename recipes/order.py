@@ -1,0 +1,53 @@
+"""The order of the training documents: the same on all processes, however a step is shared among them."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class ByLength(Sampler[int]):
+    """Documents of about one length together, in an order that the seed and the epoch alone decide.
+
+    Transformers' own sampler draws from the global generator. Processes move theirs on by what they draw for dropout, which
+    depends on how long their documents are, so from the second epoch on each has another order: some documents are read
+    twice, others not at all.
+
+    Args:
+        lengths: of the documents, in tokens.
+        step: documents of one step of the optimizer, on all processes together; at least 1.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, step: int, seed: int) -> None:
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next order is for; accelerate's loaders call it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = random.Random(f"{self.seed} {self.epoch}").getrandbits(63)
+        generator = torch.Generator().manual_seed(drawn)
+        return iter(get_length_grouped_indices(list(self.lengths), self.step, generator=generator))
+
+
+class OrderedTrainer(Trainer):
+    """Transformers' trainer, with training documents in the order of :class:`ByLength` where they go by length."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        columns: Sequence[str] = getattr(dataset, "column_names", None) or ()
+        if self.args.train_sampling_strategy != "group_by_length" or "input_ids" not in columns:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return ByLength([len(ids) for ids in dataset["input_ids"]], step=step, seed=seed)
