@@ -131,17 +131,17 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _density(target: Target) -> float:
     """Return the share of pairs that are read at the destination's length, averaged over layers and heads."""
-    heads, length = target.config.num_attention_heads, target.length
-    is_causal = bool(getattr(target.config, "is_decoder", False))
-    known: dict[tuple[Pattern, int], float] = {}
+    length = target.length
+    known: dict[tuple[Pattern, int, int, bool], float] = {}
     shares = []
-    for layer in range(target.num_layers):
-        pattern = target.entry.pattern_of("", layer)
+    for layer in target.layers:
+        pattern = target.entry.pattern_of(layer.stack, layer.index)
         if pattern is None:
-            shares.append((length + 1) / (2 * length) if is_causal else 1.0)
+            shares.append((length + 1) / (2 * length) if layer.is_causal else 1.0)
             continue
-        at = layer if pattern.varies_by_layer else 0
-        if (pattern, at) not in known:
-            known[pattern, at] = pattern.density(length, heads=heads, layer=at, is_causal=is_causal)
-        shares.append(known[pattern, at])
+        at = layer.index if pattern.varies_by_layer else 0
+        scope = (pattern, at, layer.heads, layer.is_causal)
+        if scope not in known:
+            known[scope] = pattern.density(length, heads=layer.heads, layer=at, is_causal=layer.is_causal)
+        shares.append(known[scope])
     return sum(shares) / len(shares)

@@ -16,7 +16,13 @@ from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.entry import Entry, make_entry, read_entry
-from hf_sparse.integration.layers import projections, self_attention_modules
+from hf_sparse.integration.layers import (
+    check_entry,
+    is_causal,
+    num_heads_of,
+    projections,
+    self_attention_modules,
+)
 from hf_sparse.integration.nodes import Nodes
 from hf_sparse.integration.positions import limits
 from hf_sparse.integration.sparsify import sparse_config
@@ -32,6 +38,23 @@ _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_impleme
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A self-attention layer.
+
+    Attributes:
+        stack: "encoder" or "decoder" in a model that has both, else "".
+        index: of the layer in its stack.
+        heads: query heads.
+        is_causal: whether a query reads only what comes before.
+    """
+
+    stack: str
+    index: int
+    heads: int
+    is_causal: bool
+
+
+@dataclass(frozen=True)
 class Target:
     """What a checkpoint becomes.
 
@@ -41,7 +64,7 @@ class Target:
         dense_config: the source's config.
         config: the sparse config.
         entry: which pattern serves which layer.
-        num_layers: self-attention layers of the model.
+        layers: the self-attention layers of the model.
         length_before: longest input of the source, in tokens.
         length: longest input of the destination, in tokens.
         copies: maps the names of weights that are added to the names of those they start as copies of, as the class has them.
@@ -50,6 +73,7 @@ class Target:
         shapes: of the weights of the dense class, by name.
         table_shape: of the destination's table of positions; () where there is none.
         renamings: what transformers renames as it loads the dense class.
+        tied: names of weights that are others under a second name, which a checkpoint need not hold.
     """
 
     dense_class: Any
@@ -57,7 +81,7 @@ class Target:
     dense_config: PreTrainedConfig
     config: PreTrainedConfig
     entry: Entry
-    num_layers: int
+    layers: tuple[Layer, ...]
     length_before: int
     length: int
     copies: dict[str, str]
@@ -66,16 +90,26 @@ class Target:
     shapes: dict[str, tuple[int, ...]]
     table_shape: tuple[int, ...]
     renamings: tuple[Any, ...]
+    tied: frozenset[str]
 
     @property
     def model_type(self) -> str:
         """The dense model type."""
         return str(self.dense_config.model_type)
 
+    def is_table(self, name: str) -> bool:
+        """Say whether a weight, by its name in the class or in the checkpoint, is a table of positions."""
+        return f".{name}".endswith(f".{FAMILIES[self.model_type].positions}")
+
+    def is_buffer(self, name: str) -> bool:
+        """Say whether a tensor of the checkpoint is a buffer that older versions saved and no model reads."""
+        family = FAMILIES[self.model_type]
+        return isinstance(family, Family) and name.endswith(family.buffers)
+
     @property
-    def position_suffix(self) -> str:
-        """How the name of the position table ends."""
-        return FAMILIES[self.model_type].positions
+    def beside(self) -> str:
+        """Name in the class of the weight beside which new ones are put: the first table of positions, or the first of all."""
+        return next((name for name in self.shapes if self.is_table(name)), next(iter(self.shapes)))
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -99,14 +133,17 @@ class Target:
             held: what the source's holds; every field of it that is not ours stays.
             separator: id of the tokenizer's separator, for a config that does not name it; or None.
         """
-        kept = {key: value for key, value in held.items() if key not in _ATTENTION_KEYS}
+        fields = limits(self.config)
+        # a second name of a limit would be read as well
+        second = {name for name, own in self.config.attribute_map.items() if own in fields}
+        kept = {key: value for key, value in held.items() if key not in {*_ATTENTION_KEYS, *second}}
         if kept.get("sep_token_id") is None and separator is not None:
             kept["sep_token_id"] = separator
         return {
             **kept,
             "architectures": [f"Sparse{name}" for name in self.architectures],
             "model_type": self.config.model_type,
-            **limits(self.config),
+            **fields,
             "sparse_attention": self.entry.to_dict(),
         }
 
@@ -143,9 +180,7 @@ def plan_target(
         dense = classes[0](dense_config)
     modules = self_attention_modules(model)
     length = family.length(config)
-    for served in {entry.pattern_of(stack, index) for stack, index, *_ in modules}:
-        if served is not None:
-            served.check(num_layers=len(modules), num_heads=config.num_attention_heads, length=length)
+    check_entry(entry, modules, config, length=length)
     tables = [weight for name, weight in model.named_parameters() if name.endswith(family.positions)]
     return Target(
         dense_class=classes[0],
@@ -153,7 +188,10 @@ def plan_target(
         dense_config=dense_config,
         config=config,
         entry=entry,
-        num_layers=len(modules),
+        layers=tuple(
+            Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module))
+            for stack, index, _, module in modules
+        ),
         length_before=family.length(dense_config),
         length=length,
         copies=_copies(model),
@@ -173,6 +211,7 @@ def plan_target(
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
         table_shape=tuple(tables[0].shape) if tables else (),
         renamings=renamings_of(dense),
+        tied=frozenset(dense.all_tied_weights_keys),
     )
 
 

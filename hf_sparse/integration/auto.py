@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, masking_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -64,6 +64,13 @@ class SparseModelMixin:
         super().initialize_weights()  # type: ignore[misc]
         start_states(self._sparse_fresh)
         reset_nodes(self)  # type: ignore[arg-type]
+
+    def create_masks_for_generate(self, **given: Any) -> Any:
+        """Leave the padding mask as it is where a static cache has transformers make masks ahead: the model makes its own."""
+        if self.config._attn_implementation == NAME:  # type: ignore[attr-defined]
+            return given["attention_mask"]
+        make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
+        return make(**given)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:

@@ -31,9 +31,15 @@ def family_of(config: Any) -> Family | VisionFamily:
 
 
 def limits(config: Any) -> dict[str, Any]:
-    """Return the field of a config that says how long the inputs of its model may be."""
-    field = "image_size" if isinstance(family_of(config), VisionFamily) else "max_position_embeddings"
-    return {field: getattr(config, field)}
+    """Return what says how long the inputs of a model may be, under the name that config.json has for it."""
+    if isinstance(family_of(config), VisionFamily):
+        return {"image_size": config.image_size}
+    return {length_field(config): config.max_position_embeddings}
+
+
+def length_field(config: Any) -> str:
+    """Return what a config of text calls the length of its positions: GPT-2 says ``n_positions``."""
+    return str(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
 
 
 def wanted_limits(
@@ -60,7 +66,7 @@ def wanted_limits(
         return {"image_size": check_image_size(config, image_size)}
     if image_size is not None:
         raise ValueError(f"{config.model_type} reads text: give max_length, in tokens, and leave image_size out")
-    return {"max_position_embeddings": _rows(config, family, max_length)}
+    return {length_field(config): _rows(config, family, max_length)}
 
 
 def tile_positions(table: Tensor, rows: int, *, offset: int) -> Tensor:

@@ -22,12 +22,14 @@ class Family:
     """How one model type that reads text stores its learned positions.
 
     Attributes:
-        positions: how the name of the position table ends.
+        positions: how the names of the position tables end.
         counts_from_padding: whether positions start at ``pad_token_id + 1`` (RoBERTa), rows before that being unused.
+        buffers: how the names of tensors end that older versions saved and no model reads.
     """
 
     positions: str = "embeddings.position_embeddings.weight"
     counts_from_padding: bool = False
+    buffers: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
 
     def offset(self, config: Any) -> int:
         """Return the rows of the position table that come before position 0."""
@@ -44,6 +46,8 @@ FAMILIES: dict[str, Family | VisionFamily] = {
     "camembert": Family(counts_from_padding=True),
     "distilbert": Family(),
     "electra": Family(),
+    # the causal mask was saved with every layer
+    "gpt2": Family("wpe.weight", buffers=(".attn.bias", ".attn.masked_bias")),
     "roberta": Family(counts_from_padding=True),
     "xlm-roberta": Family(counts_from_padding=True),
     **VISION_FAMILIES,
@@ -144,6 +148,10 @@ def _tiny_config(config: Any, *, most_layers: int) -> Any:
         # two rows of two patches
         patch = tiny.patch_size
         tiny.image_size = 2 * patch if isinstance(patch, int) else [2 * patch[0], 2 * patch[1]]
+    else:
+        # a head that classifies a batch of texts asks where each ends
+        tiny.pad_token_id = 0 if tiny.pad_token_id is None else tiny.pad_token_id
+        tiny.use_cache = False
     special = [v for k, v in vars(tiny).items() if k.endswith("_token_id") and isinstance(v, int)]
     if isinstance(getattr(tiny, "vocab_size", None), int):
         tiny.vocab_size = min(tiny.vocab_size, max([32, *[v + 1 for v in special if v < 1000]]))
@@ -162,6 +170,9 @@ def _tiny_inputs(model: Any, config: Any) -> dict[str, Tensor]:
     ids = torch.full((2, 6), config.vocab_size // 2)
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[1, 4:] = 0
+    if isinstance(config.eos_token_id, int):
+        # BART classifies what the last of these became
+        ids[:, 3] = config.eos_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
     if type(model).__name__.endswith("ForMultipleChoice"):
         inputs = {key: value[:, None] for key, value in inputs.items()}

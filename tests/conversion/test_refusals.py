@@ -166,9 +166,10 @@ def test_a_model_type_that_would_ignore_a_pattern(name: str, room: Path, tmp_pat
 
 
 def test_a_model_type_that_has_no_row_in_the_table(room: Path, tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    transformers.GPT2Model(config).save_pretrained(tmp_path / "dense")
-    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'gpt2' cannot be converted yet", "sparsify_")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    config = transformers.OlmoConfig(vocab_size=64, **sizes)
+    transformers.OlmoModel(config).save_pretrained(tmp_path / "dense")
+    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'olmo' cannot be converted yet", "sparsify_")
 
 
 def test_a_model_type_that_transformers_does_not_know(bert: Path, room: Path) -> None:
