@@ -33,6 +33,7 @@ def convert(
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -45,7 +46,8 @@ def convert(
     started = time.monotonic()
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     wanted = check_destination(destination, source=checkpoint.root, overwrite=overwrite)
-    target = plan_target(checkpoint, pattern, max_length=max_length, image_size=image_size, layers=layers)
+    sizes: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
+    target = plan_target(checkpoint, pattern, layers=layers, **sizes)
     calibration = None if calibrate is None else plan_calibration(calibrate, checkpoint, target)
     centroids: dict[str, Tensor] = {}
     weights = plan_weights(checkpoint, target, None if calibration is None else centroids)

@@ -28,6 +28,7 @@ from hf_sparse.integration.positions import limits
 from hf_sparse.integration.sparsify import sparse_config
 from hf_sparse.integration.support import FAMILIES, Family, check_obeys
 from hf_sparse.integration.vision import image_pixels, vision_family_of
+from hf_sparse.integration.windows import window_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.projections import GlobalProjections
@@ -99,7 +100,8 @@ class Target:
 
     def is_table(self, name: str) -> bool:
         """Say whether a weight, by its name in the class or in the checkpoint, is a table of positions."""
-        return f".{name}".endswith(f".{FAMILIES[self.model_type].positions}")
+        suffix = FAMILIES[self.model_type].positions
+        return bool(suffix) and f".{name}".endswith(f".{suffix}")
 
     def is_buffer(self, name: str) -> bool:
         """Say whether a tensor of the checkpoint is a buffer that older versions saved and no model reads."""
@@ -110,6 +112,12 @@ class Target:
     def beside(self) -> str:
         """Name in the class of the weight beside which new ones are put: the first table of positions, or the first of all."""
         return next((name for name in self.shapes if self.is_table(name)), next(iter(self.shapes)))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding windows that layers of the source have, in tokens."""
+        held = (window_of(self.config, layer.index) for layer in self.layers if layer.is_causal)
+        return tuple(window for window in held if window is not None)
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -136,6 +144,9 @@ class Target:
         fields = limits(self.config)
         # a second name of a limit would be read as well
         second = {name for name, own in self.config.attribute_map.items() if own in fields}
+        if "rope_parameters" in fields:
+            # what older versions said instead
+            second |= {"rope_theta", "rope_scaling"}
         kept = {key: value for key, value in held.items() if key not in {*_ATTENTION_KEYS, *second}}
         if kept.get("sep_token_id") is None and separator is not None:
             kept["sep_token_id"] = separator
@@ -154,6 +165,7 @@ def plan_target(
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
 ) -> Target:
     """Say what a checkpoint becomes.
@@ -172,7 +184,8 @@ def plan_target(
     if isinstance(family, Family):
         _check_positions(checkpoint, dense_config, counts_from_padding=family.counts_from_padding)
     check_obeys(classes[0], dense_config)
-    config = sparse_config(dense_config, pattern, max_length=max_length, image_size=image_size, layers=layers)
+    wanted: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
+    config = sparse_config(dense_config, pattern, layers=layers, **wanted)
     # on the meta device: names and shapes without memory
     entry = read_entry(config)
     with torch.device("meta"):
@@ -181,7 +194,8 @@ def plan_target(
     modules = self_attention_modules(model)
     length = family.length(config)
     check_entry(entry, modules, config, length=length)
-    tables = [weight for name, weight in model.named_parameters() if name.endswith(family.positions)]
+    suffix = family.positions
+    tables = [weight for name, weight in model.named_parameters() if suffix and name.endswith(suffix)]
     return Target(
         dense_class=classes[0],
         architectures=tuple(cls.__name__ for cls in classes),

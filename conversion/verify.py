@@ -45,7 +45,7 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
     size = target.image_size
     if size is not None and target.length > _MOST_PATCHES:
         return None, f"not compared: {target.length:,} tokens an image are too many for the dense source"
-    tokens = min(_MOST_TOKENS, target.length_before) if size is None else target.length
+    tokens = target.length if size is not None else _compared_tokens(target)
     try:
         opened = Entry(
             target.entry.pattern.wide_open(tokens),
@@ -63,6 +63,9 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
     if size is None and dense_config.pad_token_id is None:
         # a head that classifies a batch of texts asks where each ends
         dense_config.pad_token_id = config.pad_token_id = _PADDING
+    if hasattr(config, "rope_parameters"):
+        # scaled rotary positions say something else of short texts too: the source is read with the same ones
+        dense_config.rope_parameters = copy.deepcopy(config.rope_parameters)
     inputs = _texts(target, tokens) if size is None else _images(target, size)
     marks = _marks_global(target, inputs.get("attention_mask", torch.ones(2, tokens)))
     asks = {} if size is None else _asks_to_interpolate(target)
@@ -83,6 +86,11 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
         largest = max(largest, difference)
     kind = "texts of up to" if size is None else "images of"
     return largest, f"{' and '.join(names)} on 2 {kind} {tokens} tokens, float32"
+
+
+def _compared_tokens(target: Target) -> int:
+    """Return how many tokens of text are compared: no more than a sliding window of the source's own shows whole."""
+    return max(min(_MOST_TOKENS, target.length_before, *(window - 1 for window in target.windows)), 1)
 
 
 def _texts(target: Target, tokens: int) -> dict[str, Tensor]:

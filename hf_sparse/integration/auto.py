@@ -88,7 +88,7 @@ class SparseModelMixin:
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         before = CONFIG_MAPPING[config.dense_model_type].from_dict(held)
         family = FAMILIES[config.dense_model_type]
-        if family.length(before) >= family.length(config):
+        if not family.positions or family.length(before) >= family.length(config):
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         short = copy.deepcopy(config)
         for field, value in limits(before).items():

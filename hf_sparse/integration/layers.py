@@ -207,6 +207,11 @@ def _own_state(module: nn.Module, pattern: Pattern) -> bool:
     if isinstance(state, GlobalProjections):
         # they start as copies of the layer's own
         projections(module)
+        if getattr(getattr(module, "config", None), "rope_parameters", None):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} turns queries and keys by their positions (rotary), which projections of a pattern's "
+                "own would miss; set global_projections=False or relay_projections=False"
+            )
     weight = next(module.parameters())
     module.sparse_state = state.to(device=weight.device, dtype=weight.dtype)
     module.register_forward_pre_hook(_hand_over_hidden_states, with_kwargs=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.rotary import longer_rotary
 from hf_sparse.integration.support import FAMILIES, Family
 from hf_sparse.integration.vision import (
     VisionFamily,
@@ -34,7 +35,8 @@ def limits(config: Any) -> dict[str, Any]:
     """Return what says how long the inputs of a model may be, under the name that config.json has for it."""
     if isinstance(family_of(config), VisionFamily):
         return {"image_size": config.image_size}
-    return {length_field(config): config.max_position_embeddings}
+    longest = {length_field(config): config.max_position_embeddings}
+    return longest if family_of(config).positions else {**longest, "rope_parameters": config.rope_parameters}
 
 
 def length_field(config: Any) -> str:
@@ -43,20 +45,27 @@ def length_field(config: Any) -> str:
 
 
 def wanted_limits(
-    config: Any, *, max_length: int | None = None, image_size: int | tuple[int, int] | None = None
+    config: Any,
+    *,
+    max_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
 ) -> dict[str, Any]:
-    """Return the field with which a config's model reads inputs as long as wanted; none where nothing is wanted.
+    """Return the fields with which a config's model reads inputs as long as wanted; none where nothing is wanted.
 
     Args:
         config: a dense config.
         max_length: tokens of the longest text.
         image_size: pixels of the largest image, or its height and width.
+        positions: how rotary positions serve a longer text; see ``longer_rotary``.
 
     Raises:
         TypeError: if what is wanted is no whole number.
         ValueError: if a length is wanted of a model that reads images or a size of one that reads text, or it is below
-            what the config serves already.
+            what the config serves already, or ``positions`` does not fit.
     """
+    if positions is not None:
+        _check_rotary(config, positions, max_length)
     if max_length is None and image_size is None:
         return {}
     family = family_of(config)
@@ -66,7 +75,8 @@ def wanted_limits(
         return {"image_size": check_image_size(config, image_size)}
     if image_size is not None:
         raise ValueError(f"{config.model_type} reads text: give max_length, in tokens, and leave image_size out")
-    return {length_field(config): _rows(config, family, max_length)}
+    rows = _rows(config, family, max_length)
+    return {length_field(config): rows} if family.positions else longer_rotary(config, rows, positions)
 
 
 def tile_positions(table: Tensor, rows: int, *, offset: int) -> Tensor:
@@ -140,6 +150,16 @@ def _fit_images_(model: nn.Module, wanted: Any) -> None:
         for name, value in fitting.items():
             if hasattr(module, name):
                 setattr(module, name, value)
+
+
+def _check_rotary(config: Any, positions: str, max_length: int | None) -> None:
+    """Refuse a way to lengthen rotary positions where there are none, or no length."""
+    if family_of(config).positions:
+        raise ValueError(
+            f"positions={positions!r} is for models with rotary positions, and {config.model_type} has a table; leave it out"
+        )
+    if max_length is None:
+        raise ValueError(f"positions={positions!r} says how to reach a longer text: give max_length as well")
 
 
 def _rows(config: Any, family: Family, max_length: Any) -> int:

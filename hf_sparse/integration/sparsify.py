@@ -91,6 +91,7 @@ def sparse_config(
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedConfig:
@@ -99,15 +100,17 @@ def sparse_config(
     Args:
         source: a dense checkpoint (a folder or a Hub id) or its config.
         pattern: serves every layer not named in ``layers``.
-        max_length: tokens of the longest text wanted; loading then tiles the position table. None keeps the length.
+        max_length: tokens of the longest text wanted; loading then tiles a table of positions. None keeps the length.
         image_size: for a model that reads images, pixels of the largest one wanted, or its (height, width); loading then
             interpolates the position table. None keeps the size.
+        positions: how rotary positions serve a longer text: "none" (None as well) leaves them as they are, "linear", "ntk" or
+            "yarn" scale them.
         layers: maps a layer to a pattern or to "dense".
         kwargs: passed to ``AutoConfig.from_pretrained`` (``revision``, ``token`` ...).
 
     Raises:
         UnsupportedModelError: if the model type cannot be made sparse.
-        ValueError: if ``max_length`` or ``image_size`` is below the checkpoint's, or not for such a model.
+        ValueError: if ``max_length``, ``image_size`` or ``positions`` does not fit the checkpoint.
     """
     dense = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **kwargs)
     entry = make_entry(pattern, layers)
@@ -115,7 +118,7 @@ def sparse_config(
         raise ValueError("the source is sparse already; load it, or use sparsify_ to give it another pattern")
     check_no_position_bias(dense)
     cls = sparse_config_class(dense.model_type)
-    wanted = wanted_limits(dense, max_length=max_length, image_size=image_size)
+    wanted = wanted_limits(dense, max_length=max_length, image_size=image_size, positions=positions)
     fields = {**dense.to_dict(), **wanted, "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
     made = cls.from_dict(fields)
     entry = fitted_entry(entry, made)

@@ -19,10 +19,10 @@ from hf_sparse.integration.vision import VISION_FAMILIES, VisionFamily, vision_f
 
 @dataclass(frozen=True)
 class Family:
-    """How one model type that reads text stores its learned positions.
+    """How one model type that reads text stores its positions.
 
     Attributes:
-        positions: how the names of the position tables end.
+        positions: how the names of the tables of learned positions end; "" where positions are rotary and have no table.
         counts_from_padding: whether positions start at ``pad_token_id + 1`` (RoBERTa), rows before that being unused.
         buffers: how the names of tensors end that older versions saved and no model reads.
     """
@@ -36,9 +36,11 @@ class Family:
         return config.pad_token_id + 1 if self.counts_from_padding else 0
 
     def length(self, config: Any) -> int:
-        """Return the longest input the position table serves, in tokens."""
+        """Return the longest input the positions serve, in tokens."""
         return int(config.max_position_embeddings) - self.offset(config)
 
+
+_ROTARY = Family("", buffers=(".rotary_emb.inv_freq",))
 
 # model types whose checkpoints can be converted
 FAMILIES: dict[str, Family | VisionFamily] = {
@@ -48,6 +50,10 @@ FAMILIES: dict[str, Family | VisionFamily] = {
     "electra": Family(),
     # the causal mask was saved with every layer
     "gpt2": Family("wpe.weight", buffers=(".attn.bias", ".attn.masked_bias")),
+    "llama": _ROTARY,
+    "mistral": _ROTARY,
+    "qwen2": _ROTARY,
+    "qwen3": _ROTARY,
     "roberta": Family(counts_from_padding=True),
     "xlm-roberta": Family(counts_from_padding=True),
     **VISION_FAMILIES,
@@ -144,6 +150,10 @@ def _tiny_config(config: Any, *, most_layers: int) -> Any:
     for field in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(most_layers, getattr(tiny, field)))
+    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"):
+        # what stands beside attention is most of a large model
+        if isinstance(getattr(tiny, field, None), int):
+            setattr(tiny, field, min(64, getattr(tiny, field)))
     if vision_family_of(tiny) is not None:
         # two rows of two patches
         patch = tiny.patch_size

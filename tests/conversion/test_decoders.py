@@ -20,7 +20,7 @@ SINKS = hf_sparse.pattern("longformer", window=8, global_tokens=(0,), global_pro
 LENGTH = 150
 # family, what its position table is called, the rows before position 0, and what its config calls the length
 TABLES = [("GPT2", "transformer.wpe.weight", 0, "n_positions")]
-DECODERS = [family for family, *_ in TABLES]
+DECODERS = [*(family for family, *_ in TABLES), "Llama", "Mistral", "Qwen2", "Qwen3"]
 
 
 def write_decoder(folder: Path, family: str, head: str | None = None) -> PreTrainedModel:
@@ -124,7 +124,9 @@ def test_a_converted_decoder_generates_past_the_length_of_its_source(tmp_path: P
 
 
 @pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "Model"])
+@pytest.mark.parametrize(
+    "head", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"]
+)
 def test_every_head_converts(tmp_path: Path, family: str, head: str) -> None:
     write_decoder(tmp_path / "dense", family, head)
     edit_json(tmp_path / "dense/config.json", pad_token_id=None)

@@ -13,7 +13,7 @@ from tests.support import rules
 from tests.support.decoders import allowed_pairs, positions_of, tiny_decoder, tiny_prompts
 from tests.support.rounding import assert_within_rounding
 
-DECODERS = ("GPT2",)
+DECODERS = ("GPT2", "Llama", "Mistral", "Qwen2", "Qwen3")
 SINKS = hf_sparse.pattern("longformer", window=6, global_tokens=(0,), global_projections=False)
 PATTERNS: list[tuple[Pattern, rules.Rule]] = [
     (hf_sparse.pattern("band", radius=4), rules.band(4)),
@@ -61,8 +61,11 @@ def test_a_sparse_decoder_equals_dense_attention_under_its_mask(
     assert (got - logits(tiny_decoder(family), batch, position_ids=positions))[real].abs().max() > 0.01
 
 
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("pattern", [pattern for pattern, _ in PATTERNS], ids=lambda pattern: pattern.key)
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [*(("GPT2", pattern) for pattern, _ in PATTERNS), *((family, SINKS) for family in DECODERS[1:])],
+    ids=lambda value: getattr(value, "key", value),
+)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", [0, 6])
 def test_generation_with_a_cache_equals_recomputing_every_token(

@@ -11,8 +11,20 @@ from transformers import PreTrainedModel
 from tests.support.rules import draw
 
 _TOKENS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+_ROTARY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 37,
+}
 _FIELDS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "Llama": _ROTARY,
+    "Mistral": {**_ROTARY, "sliding_window": None},
+    "Qwen2": _ROTARY,
+    "Qwen3": _ROTARY,
 }
 HEADS = {"GPT2": "LMHeadModel"}
 
