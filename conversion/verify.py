@@ -104,6 +104,10 @@ def _texts(target: Target, tokens: int) -> dict[str, Tensor]:
     mask = torch.ones(2, tokens, dtype=torch.int64)
     mask[1, max(1, 3 * tokens // 5) :] = 0
     ids = torch.where(mask == 0, torch.tensor(padding), ids)
+    if config.is_encoder_decoder:
+        # BART classifies what the only end of each text became
+        ids[ids == config.eos_token_id] = next(i for i in range(3) if i not in (padding, config.eos_token_id))
+        ids[torch.arange(2), mask.sum(1) - 1] = config.eos_token_id
     return {"input_ids": ids.clamp(max=config.vocab_size - 1), "attention_mask": mask}
 
 

@@ -152,6 +152,12 @@ class NamedPattern:
                 "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False, "
                 "relay_projections=False)"
             )
+        is_cross = is_cross_attention("", module)
+        if getattr(module, "is_decoder", False) and not is_cross and not getattr(module, "is_causal", True):
+            raise ValueError(
+                f"{type(module).__name__} of an encoder-decoder does not tell its attention name whether it reads the encoder; "
+                "use hf_sparse.sparsify_(model, pattern)"
+            )
         if not self.has_warned and not torch.compiler.is_compiling():
             self.has_warned = True
             warnings.warn(
@@ -159,7 +165,6 @@ class NamedPattern:
                 "hf_sparse.sparsify_(model, pattern) makes it last",
                 stacklevel=2,
             )
-        is_cross = is_cross_attention("", module)
         tagged = _Tagged(module, LayerTag(None if is_cross else self.pattern, getattr(module, "layer_idx", None) or 0))
         return attend(tagged, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
 

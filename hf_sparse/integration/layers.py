@@ -111,6 +111,8 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
         UnsupportedModelError: if no self-attention module dispatches.
     """
     modules = self_attention_modules(model)
+    if modules and all(not stack and "decoder" in name.split(".") for stack, _, name, _ in modules):
+        entry = entry.of_decoder()
     check_entry(entry, modules, model.config)
     model.__dict__["_sparse_closed"] = closed_module(model)
     fresh = []

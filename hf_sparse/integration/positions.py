@@ -75,8 +75,8 @@ def wanted_limits(
         return {"image_size": check_image_size(config, image_size)}
     if image_size is not None:
         raise ValueError(f"{config.model_type} reads text: give max_length, in tokens, and leave image_size out")
-    rows = _rows(config, family, max_length)
-    return {length_field(config): rows} if family.positions else longer_rotary(config, rows, positions)
+    limit = _wanted_limit(config, family, max_length)
+    return {length_field(config): limit} if family.positions else longer_rotary(config, limit, positions)
 
 
 def tile_positions(table: Tensor, rows: int, *, offset: int) -> Tensor:
@@ -105,7 +105,7 @@ def longer_table(table: Tensor, before: Any, after: Any) -> Tensor:
     family = family_of(before)
     if isinstance(family, VisionFamily):
         return interpolate_positions(table, before, after)
-    return tile_positions(table, after.max_position_embeddings, offset=family.offset(before))
+    return tile_positions(table, family.rows(after), offset=family.offset(before))
 
 
 def lengthen_(model: Any, wanted: Any) -> None:
@@ -162,12 +162,12 @@ def _check_rotary(config: Any, positions: str, max_length: int | None) -> None:
         raise ValueError(f"positions={positions!r} says how to reach a longer text: give max_length as well")
 
 
-def _rows(config: Any, family: Family, max_length: Any) -> int:
-    """Return the rows a position table needs for a length."""
+def _wanted_limit(config: Any, family: Family, max_length: Any) -> int:
+    """Return what ``max_position_embeddings`` has to say for a length."""
     if isinstance(max_length, bool) or not isinstance(max_length, int):
         raise TypeError(f"max_length must be a whole number of tokens, got {max_length!r}")
     if max_length < family.length(config):
         raise ValueError(
             f"max_length {max_length} is shorter than the {family.length(config)} tokens this checkpoint reads already"
         )
-    return max_length + family.offset(config)
+    return family.limit(config, max_length)

@@ -24,26 +24,41 @@ class Family:
     Attributes:
         positions: how the names of the tables of learned positions end; "" where positions are rotary and have no table.
         counts_from_padding: whether positions start at ``pad_token_id + 1`` (RoBERTa), rows before that being unused.
+        unused_rows: rows of a table before position 0 that belong to none, whatever the padding is (BART).
         buffers: how the names of tensors end that older versions saved and no model reads.
     """
 
     positions: str = "embeddings.position_embeddings.weight"
     counts_from_padding: bool = False
+    unused_rows: int = 0
     buffers: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
 
     def offset(self, config: Any) -> int:
         """Return the rows of the position table that come before position 0."""
-        return config.pad_token_id + 1 if self.counts_from_padding else 0
+        return config.pad_token_id + 1 if self.counts_from_padding else self.unused_rows
 
     def length(self, config: Any) -> int:
         """Return the longest input the positions serve, in tokens."""
-        return int(config.max_position_embeddings) - self.offset(config)
+        return int(config.max_position_embeddings) - self._counted(config)
+
+    def limit(self, config: Any, length: int) -> int:
+        """Return what ``max_position_embeddings`` has to say for inputs of a length, in tokens."""
+        return length + self._counted(config)
+
+    def rows(self, config: Any) -> int:
+        """Return the rows of the position table."""
+        return self.length(config) + self.offset(config)
+
+    def _counted(self, config: Any) -> int:
+        """Return the rows before position 0 that ``max_position_embeddings`` counts: RoBERTa's does, BART's does not."""
+        return self.offset(config) if self.counts_from_padding else 0
 
 
 _ROTARY = Family("", buffers=(".rotary_emb.inv_freq",))
 
 # model types whose checkpoints can be converted
 FAMILIES: dict[str, Family | VisionFamily] = {
+    "bart": Family("embed_positions.weight", unused_rows=2),
     "bert": Family(),
     "camembert": Family(counts_from_padding=True),
     "distilbert": Family(),

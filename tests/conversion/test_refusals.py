@@ -161,7 +161,12 @@ def test_a_model_type_that_would_ignore_a_pattern(name: str, room: Path, tmp_pat
     save_file({"a": torch.zeros(2)}, tmp_path / "dense/model.safetensors")
     reason = "does not go through transformers' attention interface"
     assert_refused(
-        tmp_path / "dense", room, UnsupportedModelError, f"({config.model_type})", reason, "convertible: beit, bert,"
+        tmp_path / "dense",
+        room,
+        UnsupportedModelError,
+        f"({config.model_type})",
+        reason,
+        "convertible: bart, beit, bert,",
     )
 
 
@@ -174,7 +179,9 @@ def test_a_model_type_that_has_no_row_in_the_table(room: Path, tmp_path: Path) -
 
 def test_a_model_type_that_transformers_does_not_know(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", model_type="bart_simpson")
-    assert_refused(bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "convertible: beit, bert,")
+    assert_refused(
+        bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "convertible: bart, beit, bert,"
+    )
     edit_json(bert / "config.json", model_type=None)
     assert_refused(bert, room, UnsupportedModelError, "names no model_type")
 

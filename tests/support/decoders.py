@@ -1,4 +1,4 @@
-"""Tiny random decoders for tests, and dense attention under a given mask as their oracle; nothing here knows hf_sparse."""
+"""Tiny random decoders and encoder-decoders for tests, and the masks of dense oracles; nothing here knows hf_sparse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +21,18 @@ _ROTARY = {
 }
 _FIELDS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "Bart": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 37,
+        "decoder_ffn_dim": 37,
+        "init_std": 0.2,
+        "dropout": 0.0,
+        "forced_eos_token_id": None,
+    },
     "Llama": _ROTARY,
     "Mistral": {**_ROTARY, "sliding_window": None},
     "Qwen2": _ROTARY,
@@ -32,7 +44,7 @@ HEADS = {"GPT2": "LMHeadModel"}
 def tiny_decoder(
     family: str, head: str | None = None, *, positions: int = 64, seed: int = 0, **fields: Any
 ) -> PreTrainedModel:
-    """Return a tiny random decoder in evaluation mode: two layers, four heads, without dropout, as a language model."""
+    """Return a tiny random model in evaluation mode: two layers a stack, four heads, no dropout, as a language model."""
     torch.manual_seed(seed)
     given = {"vocab_size": 64, "max_position_embeddings": positions, "initializer_range": 0.2}
     config = getattr(transformers, f"{family}Config")(**{**given, **_TOKENS, **_FIELDS[family], **fields})
