@@ -146,7 +146,7 @@ class Target:
         second = {name for name, own in self.config.attribute_map.items() if own in fields}
         if "rope_parameters" in fields:
             # what older versions said instead
-            second |= {"rope_theta", "rope_scaling"}
+            second |= {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"}
         kept = {key: value for key, value in held.items() if key not in {*_ATTENTION_KEYS, *second}}
         if kept.get("sep_token_id") is None and separator is not None:
             kept["sep_token_id"] = separator
@@ -276,6 +276,11 @@ def _not_convertible(dense: type[PreTrainedModel], config: PreTrainedConfig) -> 
     # the check makes a tiny copy of any model there is: where that fails the type is unknown to us
     except Exception:
         return UnsupportedModelError(f"model type {config.model_type!r} cannot be converted; {known}")
+    if getattr(config, "relative_attention_num_buckets", None):
+        return UnsupportedModelError(
+            f"model type {config.model_type!r} cannot be converted: it adds a learned bias for every pair of tokens to its "
+            f"attention (relative_attention_num_buckets), which sparse attention does not serve; {known}"
+        )
     return UnsupportedModelError(
         f"model type {config.model_type!r} cannot be converted yet: how it stores positions is not in the table; "
         f"hf_sparse.sparsify_ can make it sparse in memory; {known}"

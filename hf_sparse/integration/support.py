@@ -65,8 +65,11 @@ FAMILIES: dict[str, Family | VisionFamily] = {
     "electra": Family(),
     # the causal mask was saved with every layer
     "gpt2": Family("wpe.weight", buffers=(".attn.bias", ".attn.masked_bias")),
+    # the causal mask and the frequencies were saved with every layer
+    "gpt_neox": Family("", buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")),
     "llama": _ROTARY,
     "mistral": _ROTARY,
+    "opt": Family("embed_positions.weight", unused_rows=2),
     "qwen2": _ROTARY,
     "qwen3": _ROTARY,
     "roberta": Family(counts_from_padding=True),
@@ -165,7 +168,7 @@ def _tiny_config(config: Any, *, most_layers: int) -> Any:
     for field in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(most_layers, getattr(tiny, field)))
-    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"):
+    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"):
         # what stands beside attention is most of a large model
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(64, getattr(tiny, field)))

@@ -19,8 +19,19 @@ from tests.support.rounding import assert_within_rounding
 SINKS = hf_sparse.pattern("longformer", window=8, global_tokens=(0,), global_projections=False)
 LENGTH = 150
 # family, what its position table is called, the rows before position 0, and what its config calls the length
-TABLES = [("GPT2", "transformer.wpe.weight", 0, "n_positions")]
-DECODERS = [*(family for family, *_ in TABLES), "Llama", "Mistral", "Qwen2", "Qwen3"]
+TABLES = [
+    ("GPT2", "transformer.wpe.weight", 0, "n_positions"),
+    ("OPT", "model.decoder.embed_positions.weight", 2, "max_position_embeddings"),
+]
+DECODERS = [*(family for family, *_ in TABLES), "GPTNeoX", "Llama", "Mistral", "Qwen2", "Qwen3"]
+
+
+HEADS = [
+    (family, head)
+    for family in DECODERS
+    for head in ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
+    if hasattr(transformers, f"{family}{head}")
+]
 
 
 def write_decoder(folder: Path, family: str, head: str | None = None) -> PreTrainedModel:
@@ -123,10 +134,7 @@ def test_a_converted_decoder_generates_past_the_length_of_its_source(tmp_path: P
     assert torch.equal(cached, model.generate(**batch, **settings, use_cache=False))
 
 
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize(
-    "head", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"]
-)
+@pytest.mark.parametrize(("family", "head"), HEADS)
 def test_every_head_converts(tmp_path: Path, family: str, head: str) -> None:
     write_decoder(tmp_path / "dense", family, head)
     edit_json(tmp_path / "dense/config.json", pad_token_id=None)

@@ -177,6 +177,13 @@ def test_a_model_type_that_has_no_row_in_the_table(room: Path, tmp_path: Path) -
     assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'olmo' cannot be converted yet", "sparsify_")
 
 
+def test_a_bias_for_every_pair(room: Path, tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    transformers.T5Model(config).save_pretrained(tmp_path / "dense")
+    reason = "a learned bias for every pair of tokens to its attention (relative_attention_num_buckets)"
+    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'t5' cannot be converted", reason, "convertible:")
+
+
 def test_a_model_type_that_transformers_does_not_know(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", model_type="bart_simpson")
     assert_refused(

@@ -86,6 +86,20 @@ def test_a_config_of_older_versions_is_written_as_today(tmp_path: Path) -> None:
     assert torch.equal(frequencies(made), frequencies(dense))
 
 
+def test_gpt_neox_of_older_versions_turns_the_same_share_of_a_head(tmp_path: Path) -> None:
+    dense = write_decoder(tmp_path / "dense", "GPTNeoX")
+    edit_json(tmp_path / "dense/config.json", rope_parameters=None, rotary_pct=0.5, rotary_emb_base=10000.0)
+    hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", BAND, max_length=LENGTH, positions="ntk")
+    config = read_config(tmp_path / "sparse")
+    # a head of 8 turns 4 numbers: 4 / (4 - 2)
+    raised = pytest.approx(10000.0 * 2.5**2)
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": raised, "partial_rotary_factor": 0.5}
+    assert not {"rotary_pct", "rotary_emb_base"} & config.keys()
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert frequencies(made).shape == frequencies(dense).shape
+    assert frequencies(made)[1] == pytest.approx(frequencies(dense)[1].item() / 2.5, rel=1e-6)
+
+
 def test_scaling_that_leaves_its_factor_open_keeps_the_old_one(tmp_path: Path) -> None:
     factors = [1.0 + at for at in range(4)]
     held = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "rope_theta": 10000.0}

@@ -13,7 +13,7 @@ from tests.support import rules
 from tests.support.decoders import allowed_pairs, positions_of, tiny_decoder, tiny_prompts
 from tests.support.rounding import assert_within_rounding
 
-DECODERS = ("GPT2", "Llama", "Mistral", "Qwen2", "Qwen3")
+DECODERS = ("GPT2", "GPTNeoX", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")
 SINKS = hf_sparse.pattern("longformer", window=6, global_tokens=(0,), global_projections=False)
 PATTERNS: list[tuple[Pattern, rules.Rule]] = [
     (hf_sparse.pattern("band", radius=4), rules.band(4)),
