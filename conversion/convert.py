@@ -21,7 +21,7 @@ from hf_sparse.conversion.source import INDEX, Checkpoint, open_checkpoint
 from hf_sparse.conversion.target import Target, plan_target
 from hf_sparse.conversion.verify import wide_open_difference
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
-from hf_sparse.patterns import Pattern
+from hf_sparse.patterns import Band, Pattern
 
 _README = PurePosixPath("README.md")
 
@@ -85,6 +85,7 @@ def convert(
         density=density,
         wide_open_difference=difference,
         wide_open_note=note,
+        rotary=target.rotary,
         calibration=None if calibration is None else calibration.note,
         seconds=time.monotonic() - started,
     )
@@ -138,9 +139,11 @@ def _density(target: Target) -> float:
     shares = []
     for layer in target.layers:
         pattern = target.entry.pattern_of(layer.stack, layer.index)
-        if pattern is None:
-            shares.append((length + 1) / (2 * length) if layer.is_causal else 1.0)
+        if pattern is None and not layer.is_causal:
+            shares.append(1.0)
             continue
+        if pattern is None:
+            pattern = Band(radius=(layer.window or length) - 1)
         at = layer.index if pattern.varies_by_layer else 0
         scope = (pattern, at, layer.heads, layer.is_causal)
         if scope not in known:

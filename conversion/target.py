@@ -47,12 +47,14 @@ class Layer:
         index: of the layer in its stack.
         heads: query heads.
         is_causal: whether a query reads only what comes before.
+        window: the layer's own sliding window, in tokens; None where it has none.
     """
 
     stack: str
     index: int
     heads: int
     is_causal: bool
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,13 @@ class Target:
     @property
     def windows(self) -> tuple[int, ...]:
         """The sliding windows that layers of the source have, in tokens."""
-        held = (window_of(self.config, layer.index) for layer in self.layers if layer.is_causal)
-        return tuple(window for window in held if window is not None)
+        return tuple(layer.window for layer in self.layers if layer.window is not None)
+
+    @property
+    def rotary(self) -> dict[str, Any] | None:
+        """What the config says of rotary positions where that is not what the source's says; else None."""
+        held: dict[str, Any] | None = getattr(self.config, "rope_parameters", None)
+        return None if held == getattr(self.dense_config, "rope_parameters", None) else held
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -202,10 +209,7 @@ def plan_target(
         dense_config=dense_config,
         config=config,
         entry=entry,
-        layers=tuple(
-            Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module))
-            for stack, index, _, module in modules
-        ),
+        layers=tuple(_layer(stack, index, module, config) for stack, index, _, module in modules),
         length_before=family.length(dense_config),
         length=length,
         copies=_copies(model),
@@ -227,6 +231,11 @@ def plan_target(
         renamings=renamings_of(dense),
         tied=frozenset(dense.all_tied_weights_keys),
     )
+
+
+def _layer(stack: str, index: int, module: nn.Module, config: PreTrainedConfig) -> Layer:
+    window = window_of(config, index) if is_causal(module) else None
+    return Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module), window)
 
 
 def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -145,6 +145,9 @@ def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Any]) -> tup
             raise UnfinishedConversionError(f"{name} has shape {list(held)} where {list(wanted)} is wanted")
     model.eval()
     padding = inputs.get("attention_mask")
+    if padding is not None and "mc_token_ids" in inspect.signature(cls.forward).parameters:
+        # else GPT-2 would choose by what padding became
+        inputs = {**inputs, "mc_token_ids": padding.sum(1) - 1}
     if cls.__name__.endswith("ForMultipleChoice"):
         inputs = {name: value[:, None] for name, value in inputs.items()}
     with torch.no_grad():

@@ -59,7 +59,7 @@ def convert(
         positions: how rotary positions, which have no table, reach ``max_length``: "none" (None as well) leaves them as they
             are, which suits patterns that read no farther than the source was trained on; "linear", "ntk" and "yarn" scale
             them, and wait for some training.
-        layers: maps a layer ("3" or a number) to a pattern or to "dense".
+        layers: maps a layer ("3" or a number; "encoder.3" or "decoder.3" where there are both) to a pattern or to "dense".
         calibrate: a plain text in UTF-8, read as one text whatever its lines are and cut into pieces as long as the
             destination's longest text; of a long one the first 32,768 tokens. Where the pattern is ``routing`` its
             centroids are moved to where the source's queries and keys are on it, by five steps of ``calibrate_``, and

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, masking_utils
@@ -18,6 +19,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_sparse.integration.attention import documents_of
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.global_defaults import default_global_mask
 from hf_sparse.integration.layers import attach, self_attention_modules, start_states, tag_of
@@ -191,9 +193,11 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
                 "the dense model it came from"
             )
         held = {name: kwargs.pop(name, None) for name in _TOKEN_INPUTS}
+        given = dict(zip(names, args, strict=False)) | kwargs
         if held["global_attention_mask"] is None and is_sparse:
-            given = dict(zip(names, args, strict=False)) | kwargs
             held["global_attention_mask"] = _default_mask(self, given)
+        if held["document_ids"] is None and is_sparse:
+            held["document_ids"] = _packed_documents(given)
         for name, value in held.items():
             if value is None:
                 continue
@@ -219,6 +223,17 @@ def _default_mask(model: Any, given: dict[str, Any]) -> Tensor | None:
     patterns = [tag.pattern for tag in tags if tag is not None and tag.pattern is not None]
     mask = given.get("attention_mask")
     return default_global_mask(type(model).__name__, model.config, patterns, attention_mask=mask, **inputs)
+
+
+def _packed_documents(given: dict[str, Any]) -> Tensor | None:
+    """Return the documents of rows whose position ids start over; transformers looks for such only where it makes no cache."""
+    positions, tokens = given.get("position_ids"), given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    is_other = given.get("attention_mask") is not None or given.get("past_key_values") is not None
+    if not isinstance(positions, Tensor) or not isinstance(tokens, Tensor) or is_other or torch.compiler.is_compiling():
+        return None
+    documents = documents_of(positions, tokens.shape[0], tokens.shape[1])
+    return documents if documents is not None and bool(documents.any()) else None
 
 
 def self_attention_modules_cached(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:

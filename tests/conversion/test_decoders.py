@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,6 @@ TABLES = [
     ("OPT", "model.decoder.embed_positions.weight", 2, "max_position_embeddings"),
 ]
 DECODERS = [*(family for family, *_ in TABLES), "GPTNeoX", "Llama", "Mistral", "Qwen2", "Qwen3"]
-
-
 HEADS = [
     (family, head)
     for family in DECODERS
@@ -185,6 +184,17 @@ def test_the_tokenizer_of_gpt2_reads_the_new_length(tmp_path: Path) -> None:
     made = AutoTokenizer.from_pretrained(tmp_path / "sparse")
     assert type(made).__name__ == "GPT2Tokenizer"
     assert len(made("a long page " * 40, truncation=True)["input_ids"]) == LENGTH
+
+
+@pytest.mark.parametrize("fields", [{"head": "DoubleHeadsModel"}, {"add_cross_attention": True}])
+def test_gpt2_with_a_second_head_or_cross_attention_converts(tmp_path: Path, fields: dict[str, Any]) -> None:
+    tiny_decoder("GPT2", **fields).save_pretrained(tmp_path / "dense")
+    report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", SINKS, max_length=LENGTH)
+    assert report.wide_open_difference is not None
+    made = AutoModel.from_pretrained(tmp_path / "sparse")
+    served = {name: module._sparse.pattern for name, module in made.named_modules() if hasattr(module, "_sparse")}
+    assert {name for name, pattern in served.items() if pattern == SINKS} == {"h.0.attn", "h.1.attn"}
+    assert all(pattern is None for name, pattern in served.items() if "crossattention" in name)
 
 
 def test_patterns_that_copy_projections_are_refused_with_a_way_out(tmp_path: Path) -> None:

@@ -131,6 +131,10 @@ def test_a_method_equals_the_dense_model_with_the_same_positions(
     report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", BAND, max_length=LENGTH, positions=method)
     assert report.wide_open_difference is not None
     held = read_config(tmp_path / "sparse")["rope_parameters"]
+    # what was scaled is said wherever the conversion is described
+    assert report.rotary == (None if method == "none" else held)
+    card = (tmp_path / "sparse/README.md").read_text()
+    assert all(("rotary positions" in text.lower()) == (method != "none") for text in (str(report), card))
     assert held == {**parameters, "rope_theta": pytest.approx(parameters["rope_theta"])}
     twin = tiny_decoder("Llama", positions=LENGTH, rope_parameters=dict(held))
     twin.load_state_dict(dense.state_dict())
@@ -251,7 +255,9 @@ def test_layers_with_and_without_a_window_are_told_apart(tmp_path: Path) -> None
     real = batch["attention_mask"] != 0
     for at, own in enumerate((hf_sparse.pattern("band", radius=8), "dense")):
         made = tmp_path / f"sparse-{at}"
-        hf_sparse.convert(tmp_path / "dense", made, wide, layers={1: own}, max_length=LENGTH)
+        report = hf_sparse.convert(tmp_path / "dense", made, wide, layers={1: own}, max_length=LENGTH)
+        own_share = hf_sparse.pattern("band", radius=8).density(LENGTH, is_causal=True)
+        assert report.density == pytest.approx((wide.density(LENGTH, is_causal=True) + own_share) / 2, rel=1e-9)
         with torch.no_grad():
             got = AutoModelForCausalLM.from_pretrained(made).eval()(**batch).logits
             plain = dense.float()(**batch).logits

@@ -132,11 +132,15 @@ def test_fused_projections_refuse_patterns_that_copy_them() -> None:
         hf_sparse.sparsify_(tiny_decoder("GPT2"), hf_sparse.pattern("longformer"))
 
 
-def test_documents_of_a_packed_row_do_not_read_each_other_in_dense_layers_either() -> None:
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_documents_of_a_packed_row_do_not_read_each_other_in_dense_layers_either(family: str) -> None:
     ids = tiny_prompts(30, padding=0)["input_ids"][:1]
     documents = torch.cat([torch.full((length,), at) for at, length in enumerate((11, 19))])[None]
     positions = torch.cat([torch.arange(11), torch.arange(19)])[None]
-    model = hf_sparse.sparsify_(tiny_decoder("GPT2"), hf_sparse.pattern("band", radius=4), layers={0: "dense"})
-    packed = logits(model, {"input_ids": ids, "position_ids": positions, "document_ids": documents}, use_cache=False)
+    model = hf_sparse.sparsify_(tiny_decoder(family), hf_sparse.pattern("band", radius=4), layers={0: "dense"})
     alone = torch.cat([logits(model, {"input_ids": part}) for part in ids.split((11, 19), 1)], 1)
-    assert_equal_to_rounding(packed, alone)
+    # told, and read from the restarts of the positions, whether the pass makes a cache or not
+    for told in ({"document_ids": documents}, {}):
+        for use_cache in (True, False):
+            batch = {"input_ids": ids, "position_ids": positions, **told}
+            assert_equal_to_rounding(logits(model, batch, use_cache=use_cache), alone)
