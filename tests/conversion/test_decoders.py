@@ -213,3 +213,21 @@ def test_content_based_patterns_convert_on_a_decoder(tmp_path: Path, key: str) -
     batch = tiny_prompts(40, padding=0)
     with torch.no_grad():
         assert model(**batch).logits.isfinite().all()
+
+
+def test_centroids_that_a_text_sets_are_saved_where_there_is_no_table(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "dense", "Llama")
+    letters = ["<|endoftext|>", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = transformers.GPT2Tokenizer(vocab={letter: at for at, letter in enumerate(letters)}, merges=[])
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text").write_text("the river reads a long page " * 30)
+    pattern = hf_sparse.pattern("routing", num_clusters=4) | hf_sparse.pattern("band", radius=4)
+    report = hf_sparse.convert(
+        tmp_path / "dense", tmp_path / "sparse", pattern, calibrate=tmp_path / "text", verify=False
+    )
+    held = weights(tmp_path / "sparse")
+    added = {name for name in held if ".sparse_state." in name}
+    assert len(added) == report.added.tensors > 0
+    assert all(name.startswith("model.layers.") for name in added)
+    _, found = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", output_loading_info=True)
+    assert not any(found.values())

@@ -144,3 +144,12 @@ def test_documents_of_a_packed_row_do_not_read_each_other_in_dense_layers_either
         for use_cache in (True, False):
             batch = {"input_ids": ids, "position_ids": positions, **told}
             assert_equal_to_rounding(logits(model, batch, use_cache=use_cache), alone)
+
+
+def test_a_static_cache_under_sdpa_shows_the_dense_model() -> None:
+    model, batch = hf_sparse.sparsify_(tiny_decoder("Llama"), SINKS), tiny_prompts()
+    sparse = generate(model, batch, cache_implementation="static")
+    model.set_attn_implementation("sdpa")
+    dense = generate(model, batch, cache_implementation="static")
+    assert torch.equal(dense, generate(tiny_decoder("Llama"), batch))
+    assert not torch.equal(dense, sparse)
