@@ -28,6 +28,13 @@ def convert_command(
             help="Largest image, in pixels or as HEIGHTxWIDTH; the positions are interpolated. [default: the source's]",
         ),
     ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            "--positions",
+            help="How rotary positions reach --max-length: none, linear, ntk or yarn. [default: none, as they are]",
+        ),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option("--layer", help='LAYER=PATTERN or LAYER=dense, as in "3=dense". May be repeated.'),
@@ -62,6 +69,7 @@ def convert_command(
         read_pattern(pattern, settings or ()),
         max_length=max_length,
         image_size=None if image_size is None else _read_size(image_size),
+        positions=positions,
         layers=dict(_read_layer(text) for text in layers or ()),
         calibrate=calibrate,
         overwrite=overwrite,

@@ -21,7 +21,7 @@ from hf_sparse.conversion.source import INDEX, Checkpoint, open_checkpoint
 from hf_sparse.conversion.target import Target, plan_target
 from hf_sparse.conversion.verify import wide_open_difference
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
-from hf_sparse.patterns import Pattern
+from hf_sparse.patterns import Band, Pattern
 
 _README = PurePosixPath("README.md")
 
@@ -33,6 +33,7 @@ def convert(
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -45,7 +46,8 @@ def convert(
     started = time.monotonic()
     checkpoint = open_checkpoint(source, revision=revision, token=token)
     wanted = check_destination(destination, source=checkpoint.root, overwrite=overwrite)
-    target = plan_target(checkpoint, pattern, max_length=max_length, image_size=image_size, layers=layers)
+    sizes: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
+    target = plan_target(checkpoint, pattern, layers=layers, **sizes)
     calibration = None if calibrate is None else plan_calibration(calibrate, checkpoint, target)
     centroids: dict[str, Tensor] = {}
     weights = plan_weights(checkpoint, target, None if calibration is None else centroids)
@@ -83,6 +85,7 @@ def convert(
         density=density,
         wide_open_difference=difference,
         wide_open_note=note,
+        rotary=target.rotary,
         calibration=None if calibration is None else calibration.note,
         seconds=time.monotonic() - started,
     )
@@ -131,17 +134,19 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _density(target: Target) -> float:
     """Return the share of pairs that are read at the destination's length, averaged over layers and heads."""
-    heads, length = target.config.num_attention_heads, target.length
-    is_causal = bool(getattr(target.config, "is_decoder", False))
-    known: dict[tuple[Pattern, int], float] = {}
+    length = target.length
+    known: dict[tuple[Pattern, int, int, bool], float] = {}
     shares = []
-    for layer in range(target.num_layers):
-        pattern = target.entry.pattern_of("", layer)
-        if pattern is None:
-            shares.append((length + 1) / (2 * length) if is_causal else 1.0)
+    for layer in target.layers:
+        pattern = target.entry.pattern_of(layer.stack, layer.index)
+        if pattern is None and not layer.is_causal:
+            shares.append(1.0)
             continue
-        at = layer if pattern.varies_by_layer else 0
-        if (pattern, at) not in known:
-            known[pattern, at] = pattern.density(length, heads=heads, layer=at, is_causal=is_causal)
-        shares.append(known[pattern, at])
+        if pattern is None:
+            pattern = Band(radius=(layer.window or length) - 1)
+        at = layer.index if pattern.varies_by_layer else 0
+        scope = (pattern, at, layer.heads, layer.is_causal)
+        if scope not in known:
+            known[scope] = pattern.density(length, heads=layer.heads, layer=at, is_causal=layer.is_causal)
+        shares.append(known[scope])
     return sum(shares) / len(shares)

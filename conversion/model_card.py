@@ -24,11 +24,12 @@ def card(held: str | None, *, name: str, inner: str, target: Target, is_calibrat
     if target.image_size is None:
         after, before = f"up to {after}", before.removesuffix(" tokens")
     calibrated = "\nIts centroids were moved to the queries and keys that it has on a text." if is_calibrated else ""
+    rotary = f"\nIts rotary positions are `{json.dumps(target.rotary)}`." if target.rotary else ""
     section = f"""## Converted to sparse attention
 
 This checkpoint was converted with `hf_sparse` from the dense `{architecture}` of `{name}`, and not trained since.
 It reads {after}, where the dense one reads {before}.
-Its attention follows `{pattern}`.{calibrated}
+Its attention follows `{pattern}`.{calibrated}{rotary}
 
 ```python
 import hf_sparse  # registers the sparse classes; without it the next line raises

@@ -1,6 +1,7 @@
 """What a conversion did."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class ConversionReport:
         wide_open_difference: the largest absolute difference between outputs of the source and of the destination with
             every pattern wide open; None where they were not compared.
         wide_open_note: what was compared, or why not.
+        rotary: what the config now says of rotary positions, where that has changed; else None.
         calibration: what was calibrated on which text, in words; None where nothing was.
         seconds: how long it took.
     """
@@ -68,6 +70,7 @@ class ConversionReport:
     density: float
     wide_open_difference: float | None
     wide_open_note: str
+    rotary: dict[str, Any] | None
     calibration: str | None
     seconds: float
 
@@ -102,6 +105,7 @@ class ConversionReport:
             ("files carried", _listed(self.files_carried)),
             ("limits raised in", _listed(self.files_raised)),
             ("files left behind", _listed(self.files_left_behind)),
+            *([("rotary positions", json.dumps(self.rotary))] if self.rotary else []),
             *([("calibrated", self.calibration)] if self.calibration else []),
             ("wide open", self._wide_open()),
             ("seconds", f"{self.seconds:.1f}"),
@@ -125,11 +129,12 @@ class ConversionReport:
 
     def __str__(self) -> str:
         tiled = "tiled" if self.image_size is None else "interpolated"
+        rotary = f"Rotary positions: {json.dumps(self.rotary)}. " if self.rotary else ""
         calibrated = f"Calibrated: {self.calibration}. " if self.calibration else ""
         return (
             f"Converted {self.source} to {self.destination} ({self.model_type}, pattern {self.pattern['key']}): reads "
             f"{self._reads()} where it read {self._reads(before=True)}, and {self.density:.2%} of all pairs at that length. "
-            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. {calibrated}Wide open: "
+            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. {rotary}{calibrated}Wide open: "
             f"{self._wide_open()}. {self.seconds:.1f} s."
         )
 

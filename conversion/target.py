@@ -16,12 +16,19 @@ from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.entry import Entry, make_entry, read_entry
-from hf_sparse.integration.layers import projections, self_attention_modules
+from hf_sparse.integration.layers import (
+    check_entry,
+    is_causal,
+    num_heads_of,
+    projections,
+    self_attention_modules,
+)
 from hf_sparse.integration.nodes import Nodes
 from hf_sparse.integration.positions import limits
 from hf_sparse.integration.sparsify import sparse_config
 from hf_sparse.integration.support import FAMILIES, Family, check_obeys
 from hf_sparse.integration.vision import image_pixels, vision_family_of
+from hf_sparse.integration.windows import window_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.projections import GlobalProjections
@@ -29,6 +36,25 @@ from hf_sparse.patterns.routing import Centroids
 
 # transformers reads these from config.json too, and they would take our attention's place
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A self-attention layer.
+
+    Attributes:
+        stack: "encoder" or "decoder" in a model that has both, else "".
+        index: of the layer in its stack.
+        heads: query heads.
+        is_causal: whether a query reads only what comes before.
+        window: the layer's own sliding window, in tokens; None where it has none.
+    """
+
+    stack: str
+    index: int
+    heads: int
+    is_causal: bool
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,7 @@ class Target:
         dense_config: the source's config.
         config: the sparse config.
         entry: which pattern serves which layer.
-        num_layers: self-attention layers of the model.
+        layers: the self-attention layers of the model.
         length_before: longest input of the source, in tokens.
         length: longest input of the destination, in tokens.
         copies: maps the names of weights that are added to the names of those they start as copies of, as the class has them.
@@ -50,6 +76,7 @@ class Target:
         shapes: of the weights of the dense class, by name.
         table_shape: of the destination's table of positions; () where there is none.
         renamings: what transformers renames as it loads the dense class.
+        tied: names of weights that are others under a second name, which a checkpoint need not hold.
     """
 
     dense_class: Any
@@ -57,7 +84,7 @@ class Target:
     dense_config: PreTrainedConfig
     config: PreTrainedConfig
     entry: Entry
-    num_layers: int
+    layers: tuple[Layer, ...]
     length_before: int
     length: int
     copies: dict[str, str]
@@ -66,16 +93,38 @@ class Target:
     shapes: dict[str, tuple[int, ...]]
     table_shape: tuple[int, ...]
     renamings: tuple[Any, ...]
+    tied: frozenset[str]
 
     @property
     def model_type(self) -> str:
         """The dense model type."""
         return str(self.dense_config.model_type)
 
+    def is_table(self, name: str) -> bool:
+        """Say whether a weight, by its name in the class or in the checkpoint, is a table of positions."""
+        suffix = FAMILIES[self.model_type].positions
+        return bool(suffix) and f".{name}".endswith(f".{suffix}")
+
+    def is_buffer(self, name: str) -> bool:
+        """Say whether a tensor of the checkpoint is a buffer that older versions saved and no model reads."""
+        family = FAMILIES[self.model_type]
+        return isinstance(family, Family) and name.endswith(family.buffers)
+
     @property
-    def position_suffix(self) -> str:
-        """How the name of the position table ends."""
-        return FAMILIES[self.model_type].positions
+    def beside(self) -> str:
+        """Name in the class of the weight beside which new ones are put: the first table of positions, or the first of all."""
+        return next((name for name in self.shapes if self.is_table(name)), next(iter(self.shapes)))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding windows that layers of the source have, in tokens."""
+        return tuple(layer.window for layer in self.layers if layer.window is not None)
+
+    @property
+    def rotary(self) -> dict[str, Any] | None:
+        """What the config says of rotary positions where that is not what the source's says; else None."""
+        held: dict[str, Any] | None = getattr(self.config, "rope_parameters", None)
+        return None if held == getattr(self.dense_config, "rope_parameters", None) else held
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -99,14 +148,20 @@ class Target:
             held: what the source's holds; every field of it that is not ours stays.
             separator: id of the tokenizer's separator, for a config that does not name it; or None.
         """
-        kept = {key: value for key, value in held.items() if key not in _ATTENTION_KEYS}
+        fields = limits(self.config)
+        # a second name of a limit would be read as well
+        second = {name for name, own in self.config.attribute_map.items() if own in fields}
+        if "rope_parameters" in fields:
+            # what older versions said instead
+            second |= {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"}
+        kept = {key: value for key, value in held.items() if key not in {*_ATTENTION_KEYS, *second}}
         if kept.get("sep_token_id") is None and separator is not None:
             kept["sep_token_id"] = separator
         return {
             **kept,
             "architectures": [f"Sparse{name}" for name in self.architectures],
             "model_type": self.config.model_type,
-            **limits(self.config),
+            **fields,
             "sparse_attention": self.entry.to_dict(),
         }
 
@@ -117,6 +172,7 @@ def plan_target(
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
 ) -> Target:
     """Say what a checkpoint becomes.
@@ -135,7 +191,8 @@ def plan_target(
     if isinstance(family, Family):
         _check_positions(checkpoint, dense_config, counts_from_padding=family.counts_from_padding)
     check_obeys(classes[0], dense_config)
-    config = sparse_config(dense_config, pattern, max_length=max_length, image_size=image_size, layers=layers)
+    wanted: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
+    config = sparse_config(dense_config, pattern, layers=layers, **wanted)
     # on the meta device: names and shapes without memory
     entry = read_entry(config)
     with torch.device("meta"):
@@ -143,17 +200,16 @@ def plan_target(
         dense = classes[0](dense_config)
     modules = self_attention_modules(model)
     length = family.length(config)
-    for served in {entry.pattern_of(stack, index) for stack, index, *_ in modules}:
-        if served is not None:
-            served.check(num_layers=len(modules), num_heads=config.num_attention_heads, length=length)
-    tables = [weight for name, weight in model.named_parameters() if name.endswith(family.positions)]
+    check_entry(entry, modules, config, length=length)
+    suffix = family.positions
+    tables = [weight for name, weight in model.named_parameters() if suffix and name.endswith(suffix)]
     return Target(
         dense_class=classes[0],
         architectures=tuple(cls.__name__ for cls in classes),
         dense_config=dense_config,
         config=config,
         entry=entry,
-        num_layers=len(modules),
+        layers=tuple(_layer(stack, index, module, config) for stack, index, _, module in modules),
         length_before=family.length(dense_config),
         length=length,
         copies=_copies(model),
@@ -173,7 +229,13 @@ def plan_target(
         shapes={name: tuple(weight.shape) for name, weight in dense.state_dict().items()},
         table_shape=tuple(tables[0].shape) if tables else (),
         renamings=renamings_of(dense),
+        tied=frozenset(dense.all_tied_weights_keys),
     )
+
+
+def _layer(stack: str, index: int, module: nn.Module, config: PreTrainedConfig) -> Layer:
+    window = window_of(config, index) if is_causal(module) else None
+    return Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module), window)
 
 
 def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -223,6 +285,11 @@ def _not_convertible(dense: type[PreTrainedModel], config: PreTrainedConfig) -> 
     # the check makes a tiny copy of any model there is: where that fails the type is unknown to us
     except Exception:
         return UnsupportedModelError(f"model type {config.model_type!r} cannot be converted; {known}")
+    if getattr(config, "relative_attention_num_buckets", None):
+        return UnsupportedModelError(
+            f"model type {config.model_type!r} cannot be converted: it adds a learned bias for every pair of tokens to its "
+            f"attention (relative_attention_num_buckets), which sparse attention does not serve; {known}"
+        )
     return UnsupportedModelError(
         f"model type {config.model_type!r} cannot be converted yet: how it stores positions is not in the table; "
         f"hf_sparse.sparsify_ can make it sparse in memory; {known}"

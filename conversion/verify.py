@@ -21,6 +21,8 @@ _TOLERANCE = 1e-3
 _MOST_TOKENS = 512
 # a model reads no smaller images than it is for, so larger ones are not compared: dense attention would take minutes
 _MOST_PATCHES = 4500
+# stands for padding where a checkpoint has none
+_PADDING = 0
 
 
 def wide_open_difference(source: Path, destination: Path, target: Target) -> tuple[float | None, str]:
@@ -43,7 +45,7 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
     size = target.image_size
     if size is not None and target.length > _MOST_PATCHES:
         return None, f"not compared: {target.length:,} tokens an image are too many for the dense source"
-    tokens = min(_MOST_TOKENS, target.length_before) if size is None else target.length
+    tokens = target.length if size is not None else _compared_tokens(target)
     try:
         opened = Entry(
             target.entry.pattern.wide_open(tokens),
@@ -56,13 +58,19 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
             None,
             f"not comparable: tokens read the nodes of pattern {opened.pattern.key!r}, which the source has not",
         )
-    config = copy.deepcopy(target.config)
+    dense_config, config = copy.deepcopy(target.dense_config), copy.deepcopy(target.config)
     config.sparse_attention = opened.to_dict()
+    if size is None and dense_config.pad_token_id is None:
+        # a head that classifies a batch of texts asks where each ends
+        dense_config.pad_token_id = config.pad_token_id = _PADDING
+    if hasattr(config, "rope_parameters"):
+        # scaled rotary positions say something else of short texts too: the source is read with the same ones
+        dense_config.rope_parameters = copy.deepcopy(config.rope_parameters)
     inputs = _texts(target, tokens) if size is None else _images(target, size)
     marks = _marks_global(target, inputs.get("attention_mask", torch.ones(2, tokens)))
     asks = {} if size is None else _asks_to_interpolate(target)
     with quietly(), torch.random.fork_rng(devices=[]):
-        want, is_whole = _outputs(target.dense_class, source, copy.deepcopy(target.dense_config), {**inputs, **asks})
+        want, is_whole = _outputs(target.dense_class, source, dense_config, {**inputs, **asks})
         got, _ = _outputs(sparse_model_class(target.dense_class), destination, config, {**inputs, **marks})
     # weights that the source lacks are random in both: only what stands before the head can be compared
     names = [name for name in want if name in got and (is_whole or name == "last_hidden_state")]
@@ -80,17 +88,26 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
     return largest, f"{' and '.join(names)} on 2 {kind} {tokens} tokens, float32"
 
 
+def _compared_tokens(target: Target) -> int:
+    """Return how many tokens of text are compared: no more than a sliding window of the source's own shows whole."""
+    return max(min(_MOST_TOKENS, target.length_before, *(window - 1 for window in target.windows)), 1)
+
+
 def _texts(target: Target, tokens: int) -> dict[str, Tensor]:
     """Return two random texts, the second padded for two fifths of its length."""
     config = target.dense_config
     generator = torch.Generator().manual_seed(0)
-    padding = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    padding = config.pad_token_id if isinstance(config.pad_token_id, int) else _PADDING
     # any token but the padding one, from which RoBERTa reads where the padding is
     ids = torch.randint(0, max(config.vocab_size - 1, 1), (2, tokens), generator=generator)
     ids = ids + (ids >= padding)
     mask = torch.ones(2, tokens, dtype=torch.int64)
     mask[1, max(1, 3 * tokens // 5) :] = 0
     ids = torch.where(mask == 0, torch.tensor(padding), ids)
+    if config.is_encoder_decoder:
+        # BART classifies what the only end of each text became
+        ids[ids == config.eos_token_id] = next(i for i in range(3) if i not in (padding, config.eos_token_id))
+        ids[torch.arange(2), mask.sum(1) - 1] = config.eos_token_id
     return {"input_ids": ids.clamp(max=config.vocab_size - 1), "attention_mask": mask}
 
 
@@ -128,12 +145,15 @@ def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Any]) -> tup
             raise UnfinishedConversionError(f"{name} has shape {list(held)} where {list(wanted)} is wanted")
     model.eval()
     padding = inputs.get("attention_mask")
+    if padding is not None and "mc_token_ids" in inspect.signature(cls.forward).parameters:
+        # else GPT-2 would choose by what padding became
+        inputs = {**inputs, "mc_token_ids": padding.sum(1) - 1}
     if cls.__name__.endswith("ForMultipleChoice"):
         inputs = {name: value[:, None] for name, value in inputs.items()}
     with torch.no_grad():
         said = model(**inputs, output_hidden_states=True)
     outputs = {name: value for name, value in said.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    outputs.setdefault("last_hidden_state", said.hidden_states[-1])
+    outputs.setdefault("last_hidden_state", said.get("hidden_states", said.get("decoder_hidden_states"))[-1])
     if padding is not None:
         real = padding != 0
         outputs = {name: value[real] if value.shape[:2] == real.shape else value for name, value in outputs.items()}

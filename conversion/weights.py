@@ -18,8 +18,6 @@ from hf_sparse.conversion.target import Target
 from hf_sparse.errors import ConversionError
 from hf_sparse.integration.positions import longer_table
 
-# buffers that older versions saved, as long as the table of positions; models make them anew
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # types whose numbers can be interpolated
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -81,19 +79,20 @@ def plan_weights(
     spelling = Spelling(checkpoint.tensors, target.renamings, target.base_prefix)
     _check_whole(checkpoint, target, spelling)
     copies = _copies(checkpoint, target, spelling)
+    beside = spelling.stored.get(spelling.find(target.beside) or "")
     made: dict[str, list[int]] = {kind: [] for kind in ("moved", "tiled", "added", "dropped")}
     shards = []
     for shard in checkpoint.shards:
         pieces = []
         for tensor in shard.tensors:
-            if tensor.name.endswith(_BUFFERS):
+            if target.is_buffer(tensor.name):
                 made["dropped"].append(tensor.numbers)
                 continue
-            is_tiled = _is_table(tensor, target) and target.length > target.length_before
+            is_tiled = target.is_table(tensor.name) and target.length > target.length_before
             pieces.append(_lengthen(tensor, checkpoint, target) if is_tiled else _carry(tensor, tensor.name))
             made["tiled" if is_tiled else "moved"].append(prod(pieces[-1].shape))
             added = [_carry(tensor, name) for name in copies.get(tensor.name, ())]
-            if _is_table(tensor, target):
+            if tensor.name == beside:
                 if centroids is not None:
                     added += _centroids(tensor, target, spelling, centroids)
                 added += _fresh(tensor, target, spelling)
@@ -130,7 +129,7 @@ def _check_whole(checkpoint: Checkpoint, target: Target, spelling: Spelling) -> 
                     "set the config right"
                 )
         # a head may start anew, and so may the pooler that some heads have
-        elif (is_bare or name.startswith(target.base_prefix)) and "pooler." not in name:
+        elif (is_bare or name.startswith(target.base_prefix)) and "pooler." not in name and name not in target.tied:
             lacking.append(name)
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -139,31 +138,25 @@ def _check_whole(checkpoint: Checkpoint, target: Target, spelling: Spelling) -> 
         )
 
 
-def _is_table(tensor: StoredTensor, target: Target) -> bool:
-    return f".{tensor.name}".endswith(f".{target.position_suffix}")
-
-
 def _carry(tensor: StoredTensor, name: str) -> Piece:
     return Piece(name, tensor.dtype, tensor.shape, tensor.stop - tensor.start, tensor.chunks)
 
 
 def _fresh(tensor: StoredTensor, target: Target, spelling: Spelling) -> Iterator[Piece]:
-    """Yield the weights that start as zeros, in the type of the position table, beside which they are named."""
-    beside = next(name for name in target.shapes if name.endswith(target.position_suffix))
+    """Yield the weights that start as zeros, in the type of the tensor beside which they are named."""
     for name, shape in target.fresh.items():
         size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
         zeros = functools.partial(_zeros, size)
-        yield Piece(spelling.spell(name, like=beside), tensor.dtype, shape, size, zeros)
+        yield Piece(spelling.spell(name, like=target.beside), tensor.dtype, shape, size, zeros)
 
 
 def _centroids(tensor: StoredTensor, target: Target, spelling: Spelling, held: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """Yield what a calibration set, in the type of the position table, beside which it is named."""
-    beside = next(name for name in target.shapes if name.endswith(target.position_suffix))
+    """Yield what a calibration set, in the type of the tensor beside which it is named."""
     kind = tensor.dtype if tensor.dtype in _DTYPES else "F32"
     for name, shape in target.centroids.items():
         size = _DTYPES[kind].itemsize * prod(shape)
         chunks = functools.partial(_bytes_of, held, name, _DTYPES[kind])
-        yield Piece(spelling.spell(name, like=beside), kind, shape, size, chunks)
+        yield Piece(spelling.spell(name, like=target.beside), kind, shape, size, chunks)
 
 
 def _bytes_of(held: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Iterator[bytes]:

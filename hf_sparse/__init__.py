@@ -32,6 +32,7 @@ def convert(
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -51,11 +52,14 @@ def convert(
         source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
         destination: the folder to write; must not exist or be empty unless ``overwrite``.
         pattern: serves every layer not named in ``layers``.
-        max_length: tokens of the longest text wanted; the positions are then tiled, and every limit of length in the
+        max_length: tokens of the longest text wanted; a table of positions is then tiled, and every limit of length in the
             files beside is raised. None keeps the length.
         image_size: for a model that reads images, in the place of ``max_length``: pixels of the largest image wanted, or
             its (height, width). The positions are then interpolated, and the sizes of the image processor raised.
-        layers: maps a layer ("3" or a number) to a pattern or to "dense".
+        positions: how rotary positions, which have no table, reach ``max_length``: "none" (None as well) leaves them as they
+            are, which suits patterns that read no farther than the source was trained on; "linear", "ntk" and "yarn" scale
+            them, and wait for some training.
+        layers: maps a layer ("3" or a number; "encoder.3" or "decoder.3" where there are both) to a pattern or to "dense".
         calibrate: a plain text in UTF-8, read as one text whatever its lines are and cut into pieces as long as the
             destination's longest text; of a long one the first 32,768 tokens. Where the pattern is ``routing`` its
             centroids are moved to where the source's queries and keys are on it, by five steps of ``calibrate_``, and
@@ -74,7 +78,7 @@ def convert(
         ConversionError: if the source cannot be read, the destination cannot be written or the two do not agree; if the
             text to calibrate on is missing, empty or not UTF-8, or there is nothing to calibrate.
         UnsupportedModelError: if the model type cannot be converted; says why.
-        ValueError: if the pattern, a layer, ``max_length`` or ``image_size`` does not fit the checkpoint.
+        ValueError: if the pattern, a layer, ``max_length``, ``image_size`` or ``positions`` does not fit the checkpoint.
     """
     from hf_sparse.conversion import convert as run
 
@@ -84,6 +88,7 @@ def convert(
         pattern,
         max_length=max_length,
         image_size=image_size,
+        positions=positions,
         layers=layers,
         calibrate=calibrate,
         overwrite=overwrite,

@@ -222,7 +222,7 @@ def _check_content(
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     refused = {f"backend {backend!r}; pass 'gather'": backend not in ("auto", "gather", "dense", "flex")}
     refused |= {name: given is not None for name, given in only_dense.items()}
-    refused["cached decoding: it looks at all queries of a sequence"] = (
+    refused["cached decoding, since it looks at all queries of a sequence; pass use_cache=False"] = (
         query.shape[2] != key.shape[2] or query_positions is not None or key_positions is not None
     )
     for what, is_given in refused.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_sparse.attention import sparse_attention
 from hf_sparse.integration.layers import LayerTag, is_cross_attention, tag_of
 from hf_sparse.integration.mask import SparseMask
+from hf_sparse.integration.windows import check_window
 from hf_sparse.patterns import Pattern
 
 
@@ -53,7 +54,7 @@ def attend(
         position_bias: as T5 passes it; refused by sparse layers.
         softcap: as Gemma 2 passes it.
         s_aux: attention sinks, as gpt-oss passes them.
-        sliding_window: the model's own; refused.
+        sliding_window: the model's own; honoured where the layer is causal and its pattern stays inside, else refused.
         head_offset: index of the first head held here, where ranks share a layer's heads.
         num_heads: heads of the whole layer; None where all are here.
 
@@ -70,7 +71,8 @@ def attend(
             "has no sparse_attention entry; use hf_sparse.sparsify_(model, pattern) or convert the checkpoint"
         )
     mask = read_mask(attention_mask, module, is_causal)
-    _refuse(module, mask.refusal, sliding_window)
+    window = sliding_window if mask.window is None else mask.window
+    _refuse(module, mask, window)
     has_nodes = tag.pattern is not None and tag.pattern.has_nodes and not tag.pattern.pools_nodes
     if has_nodes:
         mask = _with_nodes(tag.pattern, mask, key, document_ids)  # type: ignore[arg-type]
@@ -85,7 +87,9 @@ def attend(
             f"attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.padding.shape)}"
         )
     if tag.pattern is None:
-        out = _dense(query, key, value, mask, dropout, scaling, position_bias, softcap, s_aux)
+        if document_ids is not None and tag.stack != "cross":
+            mask = dataclasses.replace(mask, document_ids=document_ids)
+        out = _dense(query, key, value, mask, window, dropout, scaling, position_bias, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
     hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
     if hidden_states is not None:
@@ -94,6 +98,13 @@ def attend(
         document_ids = mask.document_ids
     if document_ids is None and mask.padding is None and not mask.is_causal and position_ids is not None:
         document_ids = documents_of(position_ids, key.shape[0], key.shape[2])
+    if tag.stack == "decoder":
+        # the tokens that a call marks are the encoder's
+        global_attention_mask = None
+    global_mask = _read_global_mask(global_attention_mask, key, mask, query.shape[2])
+    if window is not None:
+        _check_inside(module, tag, window, query, key, global_mask)
+    query_positions, key_positions = mask.positions(key.shape[0], from_first=not tag.pattern.reads_padding)
     attended: Any = sparse_attention(
         query,
         key,
@@ -101,7 +112,7 @@ def attend(
         tag.pattern,
         is_causal=mask.is_causal,
         key_padding_mask=mask.padding,
-        global_mask=_read_global_mask(global_attention_mask, key),
+        global_mask=global_mask,
         scale=scaling,
         dropout=dropout,
         layer=tag.index,
@@ -109,6 +120,8 @@ def attend(
         hidden_states=hidden_states,
         document_ids=document_ids,
         segment_ids=segment_ids,
+        query_positions=query_positions,
+        key_positions=key_positions,
         bias=position_bias,
         softcap=softcap,
         sinks=s_aux,
@@ -145,6 +158,12 @@ class NamedPattern:
                 "use hf_sparse.sparsify_(model, pattern), or a pattern without (global_projections=False, "
                 "relay_projections=False)"
             )
+        is_cross = is_cross_attention("", module)
+        if getattr(module, "is_decoder", False) and not is_cross and not getattr(module, "is_causal", True):
+            raise ValueError(
+                f"{type(module).__name__} of an encoder-decoder does not tell its attention name whether it reads the encoder; "
+                "use hf_sparse.sparsify_(model, pattern)"
+            )
         if not self.has_warned and not torch.compiler.is_compiling():
             self.has_warned = True
             warnings.warn(
@@ -152,7 +171,6 @@ class NamedPattern:
                 "hf_sparse.sparsify_(model, pattern) makes it last",
                 stacklevel=2,
             )
-        is_cross = is_cross_attention("", module)
         tagged = _Tagged(module, LayerTag(None if is_cross else self.pattern, getattr(module, "layer_idx", None) or 0))
         return attend(tagged, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
 
@@ -193,19 +211,37 @@ def read_mask(mask: SparseMask | Tensor | None, module: Any, is_causal: bool | N
     )
 
 
-def _refuse(module: Any, refusal: str | None, sliding_window: int | None) -> None:
-    if sliding_window is not None:
-        refusal = f"the model's own sliding window of {sliding_window} tokens"
+def _refuse(module: Any, mask: SparseMask, window: int | None) -> None:
+    refusal = mask.refusal
+    if window is not None and not mask.is_causal:
+        refusal = f"the model's own sliding window of {window} tokens"
     if refusal is not None:
         raise ValueError(f"{getattr(module, 'name', type(module).__name__)}: hf_sparse does not honour {refusal} yet")
 
 
-def _read_global_mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
+def _check_inside(
+    module: Any, tag: LayerTag, window: int, query: Tensor, key: Tensor, global_mask: Tensor | None
+) -> None:
+    """Refuse what would read beyond the model's own sliding window."""
+    where, length = f"{getattr(module, 'name', type(module).__name__)}: layer {tag.index}", key.shape[2]
+    if global_mask is not None and length > window:
+        raise ValueError(
+            f"{where} has a sliding window of {window} tokens of its own, which global tokens would read beyond; leave "
+            "global_attention_mask out"
+        )
+    check_window(tag.pattern, window, heads=query.shape[1], layer=tag.index, length=length, where=where)  # type: ignore[arg-type]
+
+
+def _read_global_mask(mask: Tensor | None, key: Tensor, told: SparseMask, queries: int) -> Tensor | None:
+    """Return a global mask as bools; in cached decoding, tokens behind those that it speaks of are not global."""
     if mask is None:
         return None
-    if tuple(mask.shape) != (key.shape[0], key.shape[2]):
+    batch, keys = key.shape[0], key.shape[2]
+    if told.is_causal and mask.dim() == 2 and (queries < keys or told.query_index is not None):
+        mask = nn.functional.pad(mask, (0, max(keys - mask.shape[1], 0)))
+    if tuple(mask.shape) != (batch, keys):
         raise ValueError(
-            f"global_attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.shape)}"
+            f"global_attention_mask must have shape [batch, tokens] = {[batch, keys]}, got {list(mask.shape)}"
         )
     return mask != 0
 
@@ -253,6 +289,7 @@ def _dense(
     key: Tensor,
     value: Tensor,
     mask: SparseMask,
+    window: int | None,
     dropout: float,
     scaling: float | None,
     position_bias: Tensor | None,
@@ -262,11 +299,9 @@ def _dense(
     """Attend densely, as cross-attention and layers declared dense do."""
     if softcap is not None or sinks is not None:
         raise ValueError("a layer declared dense does not serve softcap or sinks; give it a pattern")
-    keys, queries = key.shape[2], query.shape[2]
     allowed = None if mask.padding is None else mask.padding[:, None, None, :]
     if mask.is_causal:
-        at = torch.arange(keys, device=key.device)
-        causal = at[None, :] <= at[keys - queries :, None]
+        causal = _causal(mask, query.shape[2], key.shape[2], window, key.device)
         allowed = causal if allowed is None else allowed & causal
     if mask.document_ids is not None:
         same = mask.document_ids[:, None, :, None] == mask.document_ids[:, None, None, :]
@@ -276,3 +311,11 @@ def _dense(
     return nn.functional.scaled_dot_product_attention(
         query, key, value, allowed, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def _causal(mask: SparseMask, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which keys causality and a sliding window leave to each query, bool ``[T, S]``."""
+    key_index = torch.arange(keys, device=device) if mask.key_index is None else mask.key_index
+    query_index = key_index[keys - queries :] if mask.query_index is None else mask.query_index
+    lag = query_index[:, None] - key_index[None, :]
+    return lag >= 0 if window is None else (lag >= 0) & (lag < window)

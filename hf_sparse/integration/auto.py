@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, masking_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -18,6 +19,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_sparse.integration.attention import documents_of
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.global_defaults import default_global_mask
 from hf_sparse.integration.layers import attach, self_attention_modules, start_states, tag_of
@@ -65,6 +67,13 @@ class SparseModelMixin:
         start_states(self._sparse_fresh)
         reset_nodes(self)  # type: ignore[arg-type]
 
+    def create_masks_for_generate(self, **given: Any) -> Any:
+        """Leave the padding mask as it is where a static cache has transformers make masks ahead: the model makes its own."""
+        if self.config._attn_implementation == NAME:  # type: ignore[attr-defined]
+            return given["attention_mask"]
+        make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
+        return make(**given)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load as any model; a dense checkpoint that is shorter than ``config`` asks for gets longer positions."""
@@ -81,7 +90,7 @@ class SparseModelMixin:
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         before = CONFIG_MAPPING[config.dense_model_type].from_dict(held)
         family = FAMILIES[config.dense_model_type]
-        if family.length(before) >= family.length(config):
+        if not family.positions or family.length(before) >= family.length(config):
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         short = copy.deepcopy(config)
         for field, value in limits(before).items():
@@ -184,9 +193,11 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
                 "the dense model it came from"
             )
         held = {name: kwargs.pop(name, None) for name in _TOKEN_INPUTS}
+        given = dict(zip(names, args, strict=False)) | kwargs
         if held["global_attention_mask"] is None and is_sparse:
-            given = dict(zip(names, args, strict=False)) | kwargs
             held["global_attention_mask"] = _default_mask(self, given)
+        if held["document_ids"] is None and is_sparse:
+            held["document_ids"] = _packed_documents(given)
         for name, value in held.items():
             if value is None:
                 continue
@@ -212,6 +223,17 @@ def _default_mask(model: Any, given: dict[str, Any]) -> Tensor | None:
     patterns = [tag.pattern for tag in tags if tag is not None and tag.pattern is not None]
     mask = given.get("attention_mask")
     return default_global_mask(type(model).__name__, model.config, patterns, attention_mask=mask, **inputs)
+
+
+def _packed_documents(given: dict[str, Any]) -> Tensor | None:
+    """Return the documents of rows whose position ids start over; transformers looks for such only where it makes no cache."""
+    positions, tokens = given.get("position_ids"), given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    is_other = given.get("attention_mask") is not None or given.get("past_key_values") is not None
+    if not isinstance(positions, Tensor) or not isinstance(tokens, Tensor) or is_other or torch.compiler.is_compiling():
+        return None
+    documents = documents_of(positions, tokens.shape[0], tokens.shape[1])
+    return documents if documents is not None and bool(documents.any()) else None
 
 
 def self_attention_modules_cached(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:

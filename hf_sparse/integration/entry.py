@@ -31,6 +31,13 @@ class Entry:
         key = f"{stack}.{index}" if stack else str(index)
         return dict(self.layers).get(key, self.pattern)
 
+    def of_decoder(self) -> "Entry":
+        """Return the entry for the decoder of an encoder-decoder that stands alone, as in ``BartForCausalLM``."""
+        held = [
+            (key.removeprefix("decoder."), pattern) for key, pattern in self.layers if not key.startswith("encoder.")
+        ]
+        return Entry(self.pattern, tuple(held))
+
     def on_grid(self, prefix: int, height: int, width: int) -> "Entry":
         """Return the entry for a model that reads images: its patterns as ``Pattern.on_grid`` gives them."""
         layers = tuple((key, pattern and pattern.on_grid(prefix, height, width)) for key, pattern in self.layers)

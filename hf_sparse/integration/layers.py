@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.entry import Entry
+from hf_sparse.integration.windows import check_window, window_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.projections import GlobalProjections
 
@@ -25,10 +26,12 @@ class LayerTag:
     Attributes:
         pattern: None where the layer stays dense (cross-attention always does).
         index: of the layer among the self-attention modules of its stack.
+        stack: "encoder" or "decoder" in a model that has both, "cross" for cross-attention, else "".
     """
 
     pattern: Pattern | None
     index: int
+    stack: str = ""
 
 
 def tag_of(module: nn.Module) -> LayerTag | None:
@@ -108,22 +111,26 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
         UnsupportedModelError: if no self-attention module dispatches.
     """
     modules = self_attention_modules(model)
+    if modules and all(not stack and "decoder" in name.split(".") for stack, _, name, _ in modules):
+        entry = entry.of_decoder()
     check_entry(entry, modules, model.config)
     model.__dict__["_sparse_closed"] = closed_module(model)
     fresh = []
     for stack, index, _, module in modules:
         pattern = entry.pattern_of(stack, index)
-        set_tag(module, LayerTag(pattern, index))
+        set_tag(module, LayerTag(pattern, index, stack))
         if pattern is not None and _own_state(module, pattern):
             fresh.append(module)
     for name, module in model.named_modules():
         if dispatches(module) and is_cross_attention(name, module):
-            set_tag(module, LayerTag(None, 0))
+            set_tag(module, LayerTag(None, 0, "cross"))
     return fresh
 
 
-def check_entry(entry: Entry, modules: list[tuple[str, int, str, nn.Module]], config: Any) -> None:
-    """Check an entry against the layers of a model; errors as for ``attach``."""
+def check_entry(
+    entry: Entry, modules: list[tuple[str, int, str, nn.Module]], config: Any, *, length: int | None = None
+) -> None:
+    """Check an entry against the layers of a model, and its longest input where one is given; errors as for ``attach``."""
     if not modules:
         raise UnsupportedModelError(f"{type(config).__name__}: no self-attention module uses the attention interface")
     known = {f"{stack}.{index}" if stack else str(index) for stack, index, _, _ in modules}
@@ -134,13 +141,26 @@ def check_entry(entry: Entry, modules: list[tuple[str, int, str, nn.Module]], co
         if key not in known:
             listed = ", ".join(sorted(known, key=lambda k: (k.rpartition(".")[0], int(k.rpartition(".")[2]))))
             raise ValueError(f"unknown layer {key!r}; known: {listed}")
-    heads: int | None = getattr(config, "num_attention_heads", None)
-    stacks = {stack for stack, *_ in modules}
-    for stack in stacks:
-        count = sum(1 for other, *_ in modules if other == stack)
-        for pattern in {entry.pattern_of(stack, index) for index in range(count)}:
-            if pattern is not None and heads is not None:
-                pattern.check(num_layers=count, num_heads=heads)
+    for stack, index, _, module in modules:
+        pattern, heads = entry.pattern_of(stack, index), num_heads_of(module, config)
+        if pattern is None or heads is None:
+            continue
+        pattern.check(num_layers=sum(other == stack for other, *_ in modules), num_heads=heads, length=length)
+        window = window_of(config, index) if is_causal(module) else None
+        longest = length or getattr(config, "max_position_embeddings", None) or (window or 0) + 1
+        where = f"layer {index} of {getattr(config, 'dense_model_type', config.model_type)}"
+        check_window(pattern, window, heads=heads, layer=index, length=longest, where=where)
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Say whether a self-attention module reads only what comes before, by its own account."""
+    return bool(getattr(module, "is_causal", False))
+
+
+def num_heads_of(module: nn.Module, config: Any) -> int | None:
+    """Return the query heads of a self-attention module: stacks of one model may differ."""
+    heads: int | None = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    return heads
 
 
 def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -183,26 +203,36 @@ def start_states(modules: list[nn.Module]) -> None:
 def _own_state(module: nn.Module, pattern: Pattern) -> bool:
     if isinstance(getattr(module, "sparse_state", None), nn.Module):
         return False
-    query = key = None
-    try:
-        query, key, _ = projections(module)
-    except UnsupportedModelError:
-        if pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is None:
-            return False
-        raise
-    width: Any = getattr(module, "head_dim", None) or module.attention_head_size
-    head_dim = int(width)
-    state = pattern.make_state(
-        hidden_size=query.in_features,
-        num_heads=query.out_features // head_dim,
-        num_key_value_heads=key.out_features // head_dim,
-        head_dim=head_dim,
-    )
-    if state is None:
+    if pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is None:
         return False
-    module.sparse_state = state.to(device=query.weight.device, dtype=query.weight.dtype)
+    state: Any = pattern.make_state(**_sizes(module))
+    if isinstance(state, GlobalProjections):
+        # they start as copies of the layer's own
+        projections(module)
+        if getattr(getattr(module, "config", None), "rope_parameters", None):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} turns queries and keys by their positions (rotary), which projections of a pattern's "
+                "own would miss; set global_projections=False or relay_projections=False"
+            )
+    weight = next(module.parameters())
+    module.sparse_state = state.to(device=weight.device, dtype=weight.dtype)
     module.register_forward_pre_hook(_hand_over_hidden_states, with_kwargs=True)
     return True
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Return the sizes of a self-attention module that weights of a pattern are made for."""
+    width: Any = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
+    fused: Any = getattr(module, "embed_dim", None), getattr(module, "num_heads", None)
+    if all((*fused, width)):
+        return {"hidden_size": fused[0], "num_heads": fused[1], "num_key_value_heads": fused[1], "head_dim": width}
+    query, key, _ = projections(module)
+    return {
+        "hidden_size": query.in_features,
+        "num_heads": query.out_features // width,
+        "num_key_value_heads": key.out_features // width,
+        "head_dim": width,
+    }
 
 
 def _hand_over_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -18,19 +18,50 @@ class SparseMask:
         is_causal: whether keys ahead of the query are left out.
         document_ids: int64 ``[B, S]`` of packed rows, or None.
         refusal: why this mask cannot be honoured, or None.
+        window: the model's own sliding window: keys a query reads at most, its own included; None where it has none.
+        query_index: int64 ``[T]``, where the queries stand in the padded row; None where they are the last ones.
+        key_index: int64 ``[S]``, where the keys stand, given with ``query_index``.
+        first: int64 ``[B, 1]``, where the first real token stands, given with ``query_index``; None where that is 0.
     """
 
     padding: Tensor | None
     is_causal: bool
     document_ids: Tensor | None = None
     refusal: str | None = None
+    window: int | None = None
+    query_index: Tensor | None = None
+    key_index: Tensor | None = None
+    first: Tensor | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "SparseMask":
         """Return the mask with its tensors moved, as ``Tensor.to`` would (dtypes stay)."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        padding = None if self.padding is None else self.padding.to(device)
-        document_ids = None if self.document_ids is None else self.document_ids.to(device)
-        return dataclasses.replace(self, padding=padding, document_ids=document_ids)
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+    def positions(self, batch: int, *, from_first: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return the logical positions of queries ``[B, T]`` and keys ``[B, S]``; two Nones where they follow from the shapes.
+
+        Args:
+            batch: rows.
+            from_first: whether positions count from the first real token of a row, not from its edge.
+        """
+        if self.query_index is None or self.key_index is None:
+            return None, None
+        first = 0 if self.first is None or not from_first else self.first
+        queries, keys = (index.expand(batch, -1) - first for index in (self.query_index, self.key_index))
+        return queries, keys
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a mask function of transformers says."""
+
+    is_causal: bool = False
+    document_ids: Tensor | None = None
+    window: int | None = None
+    refusal: str | None = None
 
 
 def sparse_mask(
@@ -43,6 +74,7 @@ def sparse_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    device: torch.device | str | None = None,
     **_kwargs: Any,
 ) -> SparseMask:
     """Make the mask of one forward pass; registered with transformers' ``AttentionMaskInterface``.
@@ -51,44 +83,73 @@ def sparse_mask(
         batch_size: rows.
         q_length: queries of this pass.
         kv_length: keys of this pass.
-        q_offset: index of the first query.
-        kv_offset: index of the first key.
-        mask_function: transformers' rule; causality and packing are read from it.
-        attention_mask: bool ``[B, S]``, True = a real token.
+        q_offset: index of the first query; a tensor where the cache is static.
+        kv_offset: index of the first key, above 0 where the cache of a sliding window has dropped some.
+        mask_function: transformers' rule; causality, a sliding window and packing are read from it.
+        attention_mask: bool ``[B, tokens so far]``, True = a real token.
         local_size: the model's own sliding window or chunk.
+        device: where the tokens are.
 
     Returns:
         The mask. What cannot be honoured is told by the layer that would have to, since a dense layer may.
     """
-    is_causal, document_ids, refusal = _read(mask_function)
-    if local_size is not None:
+    rule = _read(mask_function)
+    refusal = rule.refusal
+    if local_size is not None and rule.window is None:
         refusal = f"the model's own sliding window or chunk of {local_size} tokens"
-    elif isinstance(q_offset, Tensor):
-        refusal = "a static cache"
-    elif kv_offset:
-        refusal = "a cache that has dropped keys"
-    padding = attention_mask
-    if padding is not None and padding.shape[-1] < kv_length:
-        padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[-1]))
-    return SparseMask(padding, is_causal, document_ids, refusal)
+    padding, end = attention_mask, kv_offset + kv_length
+    if padding is not None and padding.shape[-1] < end:
+        padding = torch.nn.functional.pad(padding, (0, end - padding.shape[-1]))
+    mask = SparseMask(padding, rule.is_causal, rule.document_ids, refusal, rule.window)
+    # where the queries are the last keys and no key was dropped, the shapes say all
+    is_told = not rule.is_causal or (
+        not isinstance(q_offset, Tensor) and not kv_offset and q_offset + q_length == kv_length
+    )
+    return mask if is_told else _placed(mask, batch_size, q_offset, q_length, kv_offset, kv_length, device)
 
 
-def _read(function: Callable[..., Any]) -> tuple[bool, Tensor | None, str | None]:
-    """Return whether a mask function is causal, the documents it separates, and what in it is foreign to us."""
+def _placed(
+    mask: SparseMask,
+    batch: int,
+    q_offset: int | Tensor,
+    q_length: int,
+    kv_offset: int,
+    kv_length: int,
+    device: torch.device | str | None,
+) -> SparseMask:
+    """Return a mask that says where queries and keys stand, and that keys not written yet are no tokens."""
+    keys = torch.arange(kv_offset, kv_offset + kv_length, device=device)
+    is_written = (keys < q_offset + q_length).expand(batch, -1)
+    first, real = None, is_written
+    if mask.padding is not None:
+        first = mask.padding.int().argmax(1, keepdim=True)
+        real = mask.padding[:, kv_offset : kv_offset + kv_length] & is_written
+    queries = torch.arange(q_length, device=device) + q_offset
+    return dataclasses.replace(mask, padding=real, query_index=queries, key_index=keys, first=first)
+
+
+def _read(function: Callable[..., Any]) -> _Rule:
+    """Return what a mask function says, and what in it is foreign to us."""
     if function is causal_mask_function:
-        return True, None, None
+        return _Rule(is_causal=True)
     if function is bidirectional_mask_function:
-        return False, None, None
+        return _Rule()
     name = function.__qualname__
     held = dict(
         zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True)
     )
     if name.startswith("and_masks.") and "mask_functions" in held:
         read = [_read(part) for part in held["mask_functions"]]
-        documents = next((ids for _, ids, _ in read if ids is not None), None)
-        return any(causal for causal, _, _ in read), documents, next((why for *_, why in read if why), None)
+        return _Rule(
+            any(rule.is_causal for rule in read),
+            next((rule.document_ids for rule in read if rule.document_ids is not None), None),
+            next((rule.window for rule in read if rule.window is not None), None),
+            next((rule.refusal for rule in read if rule.refusal is not None), None),
+        )
     if name.startswith("packed_sequence_mask_function."):
-        return False, held["packed_sequence_mask"], None
+        return _Rule(document_ids=held["packed_sequence_mask"])
     if name.startswith("remap_positions_for_packed_sequence."):
         return _read(held["mask_function"])
-    return False, None, f"the mask function {name}"
+    if name.startswith("sliding_window_overlay."):
+        return _Rule(window=int(held["sliding_window"]))
+    return _Rule(refusal=f"the mask function {name}")

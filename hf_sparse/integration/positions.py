@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.rotary import longer_rotary
 from hf_sparse.integration.support import FAMILIES, Family
 from hf_sparse.integration.vision import (
     VisionFamily,
@@ -31,26 +32,40 @@ def family_of(config: Any) -> Family | VisionFamily:
 
 
 def limits(config: Any) -> dict[str, Any]:
-    """Return the field of a config that says how long the inputs of its model may be."""
-    field = "image_size" if isinstance(family_of(config), VisionFamily) else "max_position_embeddings"
-    return {field: getattr(config, field)}
+    """Return what says how long the inputs of a model may be, under the name that config.json has for it."""
+    if isinstance(family_of(config), VisionFamily):
+        return {"image_size": config.image_size}
+    longest = {length_field(config): config.max_position_embeddings}
+    return longest if family_of(config).positions else {**longest, "rope_parameters": config.rope_parameters}
+
+
+def length_field(config: Any) -> str:
+    """Return what a config of text calls the length of its positions: GPT-2 says ``n_positions``."""
+    return str(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
 
 
 def wanted_limits(
-    config: Any, *, max_length: int | None = None, image_size: int | tuple[int, int] | None = None
+    config: Any,
+    *,
+    max_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
 ) -> dict[str, Any]:
-    """Return the field with which a config's model reads inputs as long as wanted; none where nothing is wanted.
+    """Return the fields with which a config's model reads inputs as long as wanted; none where nothing is wanted.
 
     Args:
         config: a dense config.
         max_length: tokens of the longest text.
         image_size: pixels of the largest image, or its height and width.
+        positions: how rotary positions serve a longer text; see ``longer_rotary``.
 
     Raises:
         TypeError: if what is wanted is no whole number.
         ValueError: if a length is wanted of a model that reads images or a size of one that reads text, or it is below
-            what the config serves already.
+            what the config serves already, or ``positions`` does not fit.
     """
+    if positions is not None:
+        _check_rotary(config, positions, max_length)
     if max_length is None and image_size is None:
         return {}
     family = family_of(config)
@@ -60,7 +75,8 @@ def wanted_limits(
         return {"image_size": check_image_size(config, image_size)}
     if image_size is not None:
         raise ValueError(f"{config.model_type} reads text: give max_length, in tokens, and leave image_size out")
-    return {"max_position_embeddings": _rows(config, family, max_length)}
+    limit = _wanted_limit(config, family, max_length)
+    return {length_field(config): limit} if family.positions else longer_rotary(config, limit, positions)
 
 
 def tile_positions(table: Tensor, rows: int, *, offset: int) -> Tensor:
@@ -89,7 +105,7 @@ def longer_table(table: Tensor, before: Any, after: Any) -> Tensor:
     family = family_of(before)
     if isinstance(family, VisionFamily):
         return interpolate_positions(table, before, after)
-    return tile_positions(table, after.max_position_embeddings, offset=family.offset(before))
+    return tile_positions(table, family.rows(after), offset=family.offset(before))
 
 
 def lengthen_(model: Any, wanted: Any) -> None:
@@ -136,12 +152,22 @@ def _fit_images_(model: nn.Module, wanted: Any) -> None:
                 setattr(module, name, value)
 
 
-def _rows(config: Any, family: Family, max_length: Any) -> int:
-    """Return the rows a position table needs for a length."""
+def _check_rotary(config: Any, positions: str, max_length: int | None) -> None:
+    """Refuse a way to lengthen rotary positions where there are none, or no length."""
+    if family_of(config).positions:
+        raise ValueError(
+            f"positions={positions!r} is for models with rotary positions, and {config.model_type} has a table; leave it out"
+        )
+    if max_length is None:
+        raise ValueError(f"positions={positions!r} says how to reach a longer text: give max_length as well")
+
+
+def _wanted_limit(config: Any, family: Family, max_length: Any) -> int:
+    """Return what ``max_position_embeddings`` has to say for a length."""
     if isinstance(max_length, bool) or not isinstance(max_length, int):
         raise TypeError(f"max_length must be a whole number of tokens, got {max_length!r}")
     if max_length < family.length(config):
         raise ValueError(
             f"max_length {max_length} is shorter than the {family.length(config)} tokens this checkpoint reads already"
         )
-    return max_length + family.offset(config)
+    return family.limit(config, max_length)

@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.auto import SparseModelMixin, sparse_config_class, sparse_model_class
-from hf_sparse.integration.entry import make_entry
+from hf_sparse.integration.entry import Entry, make_entry
 from hf_sparse.integration.layers import attach, check_entry, self_attention_modules, start_states
 from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
 from hf_sparse.integration.positions import family_of, wanted_limits
@@ -52,7 +52,7 @@ def sparsify_(
         if model.config.model_type not in CONFIG_MAPPING:
             raise UnsupportedModelError(f"model type {model.config.model_type!r} is unknown to transformers")
         check_obeys(dense, model.config)
-    entry = fitted_entry(entry, model.config)
+    entry = _fitted(entry, model.config)
     check_entry(entry, modules, model.config)
     for *_, module in modules:
         if hasattr(module, "sparse_state"):
@@ -75,6 +75,34 @@ def sparsify_(
     return model
 
 
+def _fitted(entry: Entry, config: Any) -> Entry:
+    """Return an entry with what its patterns leave open, and with patterns of their own for the layers of a decoder.
+
+    Raises:
+        ValueError: if a pattern is for another grid of pixels, or would leave a decoder nothing to read.
+    """
+    entry = fitted_entry(entry, config)
+    if not getattr(config, "is_encoder_decoder", False):
+        return entry
+    pattern, named = entry.pattern.for_decoder(), dict(entry.layers)
+    if pattern == entry.pattern:
+        return entry
+    keys = [f"decoder.{layer}" for layer in range(_decoder_layers(config))]
+    left = tuple((key, pattern) for key in keys if key not in named)
+    if left and not pattern.is_content_based and not pattern.density(2, is_causal=True):
+        raise ValueError(
+            f"pattern {entry.pattern.key!r} has global tokens alone, which are the encoder's, so that the decoder would read "
+            "nothing; unite it with another, such as hf_sparse.pattern('band'), or give the decoder layers of their own"
+        )
+    return Entry(entry.pattern, (*entry.layers, *left))
+
+
+def _decoder_layers(config: Any) -> int:
+    """Return the layers of a decoder beside an encoder: BART and T5 name them differently."""
+    layers: Any = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", 0)
+    return int(layers)
+
+
 def _give_own_config(model: PreTrainedModel) -> None:
     """Give a model and its modules a copy of their config: other models may share the object."""
     copies: dict[int, Any] = {}
@@ -91,6 +119,7 @@ def sparse_config(
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedConfig:
@@ -99,15 +128,17 @@ def sparse_config(
     Args:
         source: a dense checkpoint (a folder or a Hub id) or its config.
         pattern: serves every layer not named in ``layers``.
-        max_length: tokens of the longest text wanted; loading then tiles the position table. None keeps the length.
+        max_length: tokens of the longest text wanted; loading then tiles a table of positions. None keeps the length.
         image_size: for a model that reads images, pixels of the largest one wanted, or its (height, width); loading then
             interpolates the position table. None keeps the size.
+        positions: how rotary positions serve a longer text: "none" (None as well) leaves them as they are, "linear", "ntk" or
+            "yarn" scale them.
         layers: maps a layer to a pattern or to "dense".
         kwargs: passed to ``AutoConfig.from_pretrained`` (``revision``, ``token`` ...).
 
     Raises:
         UnsupportedModelError: if the model type cannot be made sparse.
-        ValueError: if ``max_length`` or ``image_size`` is below the checkpoint's, or not for such a model.
+        ValueError: if ``max_length``, ``image_size`` or ``positions`` does not fit the checkpoint.
     """
     dense = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **kwargs)
     entry = make_entry(pattern, layers)
@@ -115,12 +146,15 @@ def sparse_config(
         raise ValueError("the source is sparse already; load it, or use sparsify_ to give it another pattern")
     check_no_position_bias(dense)
     cls = sparse_config_class(dense.model_type)
-    wanted = wanted_limits(dense, max_length=max_length, image_size=image_size)
+    wanted = wanted_limits(dense, max_length=max_length, image_size=image_size, positions=positions)
     fields = {**dense.to_dict(), **wanted, "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
     made = cls.from_dict(fields)
-    entry = fitted_entry(entry, made)
+    entry = _fitted(entry, made)
     made.sparse_attention = entry.to_dict()
     length = family_of(made).length(made) if wanted else None
+    if getattr(made, "is_encoder_decoder", False):
+        # how many layers and heads each stack has is known where the model is
+        return made
     for one in {entry.pattern, *(pattern for _, pattern in entry.layers if pattern is not None)}:
         one.check(num_layers=dense.num_hidden_layers, num_heads=dense.num_attention_heads, length=length)
     return made

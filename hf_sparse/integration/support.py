@@ -19,31 +19,59 @@ from hf_sparse.integration.vision import VISION_FAMILIES, VisionFamily, vision_f
 
 @dataclass(frozen=True)
 class Family:
-    """How one model type that reads text stores its learned positions.
+    """How one model type that reads text stores its positions.
 
     Attributes:
-        positions: how the name of the position table ends.
+        positions: how the names of the tables of learned positions end; "" where positions are rotary and have no table.
         counts_from_padding: whether positions start at ``pad_token_id + 1`` (RoBERTa), rows before that being unused.
+        unused_rows: rows of a table before position 0 that belong to none, whatever the padding is (BART).
+        buffers: how the names of tensors end that older versions saved and no model reads.
     """
 
     positions: str = "embeddings.position_embeddings.weight"
     counts_from_padding: bool = False
+    unused_rows: int = 0
+    buffers: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
 
     def offset(self, config: Any) -> int:
         """Return the rows of the position table that come before position 0."""
-        return config.pad_token_id + 1 if self.counts_from_padding else 0
+        return config.pad_token_id + 1 if self.counts_from_padding else self.unused_rows
 
     def length(self, config: Any) -> int:
-        """Return the longest input the position table serves, in tokens."""
-        return int(config.max_position_embeddings) - self.offset(config)
+        """Return the longest input the positions serve, in tokens."""
+        return int(config.max_position_embeddings) - self._counted(config)
 
+    def limit(self, config: Any, length: int) -> int:
+        """Return what ``max_position_embeddings`` has to say for inputs of a length, in tokens."""
+        return length + self._counted(config)
+
+    def rows(self, config: Any) -> int:
+        """Return the rows of the position table."""
+        return self.length(config) + self.offset(config)
+
+    def _counted(self, config: Any) -> int:
+        """Return the rows before position 0 that ``max_position_embeddings`` counts: RoBERTa's does, BART's does not."""
+        return self.offset(config) if self.counts_from_padding else 0
+
+
+_ROTARY = Family("", buffers=(".rotary_emb.inv_freq",))
 
 # model types whose checkpoints can be converted
 FAMILIES: dict[str, Family | VisionFamily] = {
+    "bart": Family("embed_positions.weight", unused_rows=2),
     "bert": Family(),
     "camembert": Family(counts_from_padding=True),
     "distilbert": Family(),
     "electra": Family(),
+    # the causal mask was saved with every layer
+    "gpt2": Family("wpe.weight", buffers=(".attn.bias", ".attn.masked_bias")),
+    # the causal mask and the frequencies were saved with every layer
+    "gpt_neox": Family("", buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")),
+    "llama": _ROTARY,
+    "mistral": _ROTARY,
+    "opt": Family("embed_positions.weight", unused_rows=2),
+    "qwen2": _ROTARY,
+    "qwen3": _ROTARY,
     "roberta": Family(counts_from_padding=True),
     "xlm-roberta": Family(counts_from_padding=True),
     **VISION_FAMILIES,
@@ -140,10 +168,18 @@ def _tiny_config(config: Any, *, most_layers: int) -> Any:
     for field in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(most_layers, getattr(tiny, field)))
+    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"):
+        # what stands beside attention is most of a large model
+        if isinstance(getattr(tiny, field, None), int):
+            setattr(tiny, field, min(64, getattr(tiny, field)))
     if vision_family_of(tiny) is not None:
         # two rows of two patches
         patch = tiny.patch_size
         tiny.image_size = 2 * patch if isinstance(patch, int) else [2 * patch[0], 2 * patch[1]]
+    else:
+        # a head that classifies a batch of texts asks where each ends
+        tiny.pad_token_id = 0 if tiny.pad_token_id is None else tiny.pad_token_id
+        tiny.use_cache = False
     special = [v for k, v in vars(tiny).items() if k.endswith("_token_id") and isinstance(v, int)]
     if isinstance(getattr(tiny, "vocab_size", None), int):
         tiny.vocab_size = min(tiny.vocab_size, max([32, *[v + 1 for v in special if v < 1000]]))
@@ -162,6 +198,9 @@ def _tiny_inputs(model: Any, config: Any) -> dict[str, Tensor]:
     ids = torch.full((2, 6), config.vocab_size // 2)
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[1, 4:] = 0
+    if isinstance(config.eos_token_id, int):
+        # BART classifies what the last of these became
+        ids[:, 3] = config.eos_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
     if type(model).__name__.endswith("ForMultipleChoice"):
         inputs = {key: value[:, None] for key, value in inputs.items()}

@@ -54,6 +54,9 @@ class _Combination(Pattern):
             patterns=tuple(member.on_grid(prefix, height, width) for member in self.members),  # type: ignore[call-arg]
         )
 
+    def for_decoder(self) -> Pattern:
+        return dataclasses.replace(self, patterns=tuple(member.for_decoder() for member in self.members))  # type: ignore[call-arg]
+
     def num_nodes(self, n: int) -> int:
         return max(member.num_nodes(n) for member in self.members)
 

@@ -36,6 +36,9 @@ class GlobalTokens(Pattern):
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         return (Globals(positions=self.positions),)
 
+    def for_decoder(self) -> "GlobalTokens":
+        return GlobalTokens(positions=())
+
     def wide_open(self, length: int) -> "GlobalTokens":
         return GlobalTokens(positions=tuple(range(length)))
 

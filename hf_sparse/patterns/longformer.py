@@ -98,6 +98,9 @@ class Longformer(Pattern):
                 raise ValueError(f"dilation has {len(by_head)} entries, one a head, but the model has {num_heads}")
         check_positions_fit(self.global_tokens, "global_tokens", length)
 
+    def for_decoder(self) -> "Longformer":
+        return Longformer(self.window, (), self.dilation, global_projections=False)
+
     def wide_open(self, length: int) -> "Longformer":
         return Longformer(2 * length, self.global_tokens, 1, self.global_projections)
 

@@ -155,6 +155,10 @@ class Pattern:
         """
         return self
 
+    def for_decoder(self) -> "Pattern":
+        """Return the pattern for a decoder that stands beside an encoder: global tokens are the encoder's alone."""
+        return self
+
     def wide_open(self, length: int) -> "Pattern":
         """Return the same system with settings under which every token reads every token.
 

@@ -161,19 +161,34 @@ def test_a_model_type_that_would_ignore_a_pattern(name: str, room: Path, tmp_pat
     save_file({"a": torch.zeros(2)}, tmp_path / "dense/model.safetensors")
     reason = "does not go through transformers' attention interface"
     assert_refused(
-        tmp_path / "dense", room, UnsupportedModelError, f"({config.model_type})", reason, "convertible: beit, bert,"
+        tmp_path / "dense",
+        room,
+        UnsupportedModelError,
+        f"({config.model_type})",
+        reason,
+        "convertible: bart, beit, bert,",
     )
 
 
 def test_a_model_type_that_has_no_row_in_the_table(room: Path, tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    transformers.GPT2Model(config).save_pretrained(tmp_path / "dense")
-    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'gpt2' cannot be converted yet", "sparsify_")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    config = transformers.OlmoConfig(vocab_size=64, **sizes)
+    transformers.OlmoModel(config).save_pretrained(tmp_path / "dense")
+    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'olmo' cannot be converted yet", "sparsify_")
+
+
+def test_a_bias_for_every_pair(room: Path, tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    transformers.T5Model(config).save_pretrained(tmp_path / "dense")
+    reason = "a learned bias for every pair of tokens to its attention (relative_attention_num_buckets)"
+    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'t5' cannot be converted", reason, "convertible:")
 
 
 def test_a_model_type_that_transformers_does_not_know(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", model_type="bart_simpson")
-    assert_refused(bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "convertible: beit, bert,")
+    assert_refused(
+        bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "convertible: bart, beit, bert,"
+    )
     edit_json(bert / "config.json", model_type=None)
     assert_refused(bert, room, UnsupportedModelError, "names no model_type")
 
