@@ -60,7 +60,8 @@ def _chunked(parent: Any, chunk: int) -> type:
             for name, value in found.items():
                 if isinstance(value, Tensor) and value.shape[:1] == (int(is_read.sum()),):
                     found[name] = _together(value, is_read, rows, chunk, self.config)
-            if labels is not None:
+            # an encoder may be handed what its decoder learns from
+            if labels is not None and "logits" in found:
                 found["loss"] = _loss(found["logits"], labels)
             elif start_positions is not None and end_positions is not None:
                 wanted = ((found["start_logits"], start_positions), (found["end_logits"], end_positions))

@@ -109,7 +109,7 @@ def _readers(name: str, arguments: RecipeArguments) -> list[Reader]:
             raise RecipeError(f"--baselines names {arguments.baselines}, which is sparse; name the dense checkpoint")
         own = min(family_of(dense).length(dense), longest)
         for kind, title, how in (
-            ("truncated", f"dense, the first {own} tokens", Reading(own, cuts=True)),
+            ("truncated", TASKS[name].truncated.format(own), Reading(own, cuts=True)),
             ("chunks", f"dense, {longest} tokens in chunks of {own}", Reading(longest, own, arguments.truncate)),
         ):
             if kind in TASKS[name].baselines:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.integration.layers import self_attention_modules
@@ -24,13 +25,32 @@ def add_lora(model: Any, rank: int) -> Any:
         raise RecipeError("--lora needs peft; pip install 'hf-sparse[peft]'") from error
     named = dict(model.named_modules())
     inside = tuple(f"{path}." for _, _, path, _ in self_attention_modules(model))
-    adapted = [name for name, module in named.items() if isinstance(module, nn.Linear) and name.startswith(inside)]
+    # GPT-2 stores the weights of its own kind of linear layer the other way round
+    kinds = (nn.Linear, Conv1D)
+    adapted = [name for name, module in named.items() if isinstance(module, kinds) and name.startswith(inside)]
+    is_turned = any(isinstance(named[name], Conv1D) for name in adapted)
     base = {name for name, module in named.items() if module is model.base_model}
+    # a head that shares the weights of the embeddings stays as it is, but for its norms
+    shared = model.get_output_embeddings()
     heads = [
-        name for name, module in model.named_children() if name not in base and any(True for _ in module.parameters())
+        name
+        for name, module in model.named_children()
+        if name not in base
+        and any(True for _ in module.parameters())
+        and all(inner is not shared for inner in module.modules())
     ]
-    kept = [name for name, module in named.items() if "norm" in type(module).__name__.lower() or _is_positions(name)]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=adapted, modules_to_save=[*heads, *kept])
+    kept = [
+        name
+        for name, module in named.items()
+        if ("norm" in type(module).__name__.lower() or _is_positions(name)) and name.partition(".")[0] not in heads
+    ]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=adapted,
+        modules_to_save=[*heads, *kept],
+        fan_in_fan_out=is_turned,
+    )
     return get_peft_model(model, config)
 
 

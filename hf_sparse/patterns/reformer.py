@@ -95,12 +95,8 @@ class Reformer(ContentPattern):
         if self.shared_query_key:
             return self._chunks(self.buckets(query, content))
         clusters = max(1, -(-tokens // self.chunk_length))
-        q, k = asymmetric(query, key)
-        direction = content.draw((self.num_hashes, q.shape[3]), self.seed, q)
-        order = [
-            torch.argsort(torch.einsum("bhnd,hrd->bhrn", x, direction), dim=-1, stable=True).flatten(0, 1)
-            for x in (q, k)
-        ]
+        directions = content.draw((self.num_hashes, query.shape[3] + 2), self.seed, query)
+        order = [torch.argsort(said, dim=-1, stable=True).flatten(0, 1) for said in asymmetric(query, key, directions)]
         blocks = [cut(held, self.chunk_length) for held in order]
         repeats = None
         if self.num_hashes > 1 and clusters > 1 and self.counting == "set":
@@ -208,23 +204,31 @@ def _by_head(tensor: Tensor) -> list[Tensor]:
     return [head for row in tensor for head in row]
 
 
-def asymmetric(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Map queries and keys to vectors of one length, with products that are those of queries and keys.
+def asymmetric(query: Tensor, key: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Project queries and keys, mapped to vectors of one length with products that are those of queries and keys.
+
+    Each gets two coordinates more: one that brings it to that length, which the other has not. The vectors themselves, as
+    large as queries and keys, are not made.
 
     Args:
         query: float ``[B, H, N, D]``.
         key: float ``[B, H, N, D]``.
+        directions: float ``[H, R, D + 2]``.
 
     Returns:
-        Two ``[B, H, N, D + 2]``: each with a coordinate that brings it to that length, which the other has not.
+        Projections of queries and keys, each ``[B, H, R, N]``.
 
     Source: Daras et al. 2020, arXiv:2010.05315, section 3.2.
     """
-    squares = [x.square().sum(-1, keepdim=True) for x in (query, key)]
+    width = query.shape[3]
+    squares = [torch.linalg.vector_norm(x, dim=-1).square_() for x in (query, key)]
     total = squares[0].amax(2, keepdim=True) + squares[1].amax(2, keepdim=True)
-    missing = [(total - square).clamp(min=0).sqrt() for square in squares]
-    nothing = torch.zeros_like(missing[0])
-    return torch.cat([query, nothing, missing[0]], -1), torch.cat([key, missing[1], nothing], -1)
+    found = [
+        torch.einsum("bhnd,hrd->bhrn", x, directions[..., :width])
+        + (total - square).clamp_(min=0).sqrt_()[:, :, None] * directions[..., width + own, None]
+        for x, square, own in ((query, squares[0], 1), (key, squares[1], 0))
+    ]
+    return found[0], found[1]
 
 
 def _chunk_of(order: Tensor, size: int) -> Tensor:

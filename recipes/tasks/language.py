@@ -31,6 +31,7 @@ class _Language(Task):
     counts_tokens = True
     # rows of the dense model's length hold all of the text
     baselines = ("truncated",)
+    truncated = "dense, {} tokens at a time"
 
     @classmethod
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ class Causal(_Language):
         found = super().encode(split, kind, tokenizer, reading)
         if kind != "train":
             self._bytes[kind] = sum(
-                len(text.encode()) for text in tokenizer.batch_decode(found["input_ids"], skip_special_tokens=True)
+                len(text.encode()) for text in tokenizer.batch_decode(found["input_ids"][:], skip_special_tokens=True)
             )
         return found
 

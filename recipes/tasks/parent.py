@@ -30,6 +30,7 @@ class Task:
         settings: the class of its arguments.
         more: of these.
         baselines: how a dense model may read, beside.
+        truncated: what tables call a dense model, given the tokens it reads.
         judges_before: whether the model is judged before training, too.
 
     Args:
@@ -46,6 +47,7 @@ class Task:
     settings: ClassVar[type[TrainingArguments]] = TrainingArguments
     more: ClassVar[Mapping[str, Any]] = {}
     baselines: ClassVar[tuple[str, ...]] = ("truncated", "chunks")
+    truncated: ClassVar[str] = "dense, the first {} tokens"
     judges_before: ClassVar[bool] = False
 
     def __init__(self, splits: Mapping[str, Dataset], arguments: RecipeArguments) -> None:

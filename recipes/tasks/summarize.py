@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
+from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.order import OrderedTrainer
@@ -38,7 +39,8 @@ class Summarization(Task):
     def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
         text, summary = self.columns(self.arguments)
         self._tokenizer = tokenizer
-        short = Reading(self.arguments.max_summary_length, cuts=True)
+        # a decoder is no longer than its encoder
+        short = Reading(min(self.arguments.max_summary_length, reading.chunk or reading.longest), cuts=True)
 
         def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
             found = listed(tokenize(tokenizer, reading, held[text]))
@@ -53,7 +55,8 @@ class Summarization(Task):
 
     def load(self, source: str) -> PreTrainedModel:
         model = super().load(source)
-        model.generation_config.max_length = self.arguments.max_summary_length
+        longest = family_of(model.config).length(model.config)
+        model.generation_config.max_length = min(self.arguments.max_summary_length, longest)
         return model
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, kind: str) -> dict[str, float]:

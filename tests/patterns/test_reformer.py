@@ -154,7 +154,13 @@ def test_with_its_buckets_it_equals_the_in_tree_layer(
 
 def test_asymmetric_vectors_have_one_length_and_keep_their_products() -> None:
     query, key, _ = random_tensors(batch=2, heads=HEADS, tokens=9, width=WIDTH)
-    q, k = asymmetric(query, key)
+    # along the coordinates themselves the projections are the vectors
+    q, k = (
+        said.transpose(2, 3)
+        for said in asymmetric(
+            query, key, torch.eye(query.shape[3] + 2, dtype=query.dtype).expand(query.shape[1], -1, -1)
+        )
+    )
     lengths = torch.cat([q.norm(dim=-1), k.norm(dim=-1)], -1)
     assert torch.allclose(lengths, lengths[..., :1].expand_as(lengths))
     assert torch.allclose(q @ k.transpose(-1, -2), query @ key.transpose(-1, -2))
