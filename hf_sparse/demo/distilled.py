@@ -28,7 +28,7 @@ from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.results import replace_part, surroundings
 
 PATTERNS = {"longformer": LONGFORMER, "bigbird": BIGBIRD}
-STEPS = 60
+STEPS = 40
 SETTINGS: dict[str, Any] = {
     "max_length": 1024,
     "max_steps": STEPS,

@@ -179,8 +179,8 @@ class _Walk:
         if self._is_self is not None:
             own = (pointer * self._asked[:, None]).sum(-1, keepdim=True)
             products = torch.where(self._is_self, own, products)
-        scores = products / math.sqrt(pointer.shape[-1]) + self._bias
-        return scores.masked_fill(self._barred, float("-inf"))
+        # in place: of many nodes each copy costs as much as the products
+        return products.div_(math.sqrt(pointer.shape[-1])).add_(self._bias).masked_fill_(self._barred, float("-inf"))
 
     def take(self, picked: Tensor) -> None:
         """Go to a destination of each source, int64 ``[B, H, n]``; from -1 on, nothing counts."""
