@@ -125,7 +125,7 @@ def _lines(held: dict[str, Any]) -> list[str]:
         f"all-MiniLM-L6-v2 converted, and after {STEPS} steps of 4 rows from the documentation of {SIZES['train']} modules, "
         f"half of them cut at 512 tokens; {seconds:,.0f} s. The divergence is of how near tokens are to one another, "
         f"in nats a token, on {SIZES['test']} other modules. Recall@1 and MRR are the demo's. "
-        f"Gain of recall@1, paired, with its 95 % interval: {said}. "
+        f"Gain of recall@1, paired, with its 95 % interval (one that holds 0 is a tie): {said}. "
         f"Device {held['device']}, {held['threads']} threads, torch {held['versions']['torch']}.",
         "",
         *lines,
