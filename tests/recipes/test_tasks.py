@@ -36,6 +36,7 @@ from tests.support.models import tiny_vision_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH, DENSE = 256, 64
+BART_SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 64}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SIZES = {"train": 16, "validation": 6, "test": 6}
 TEXTS = [" ".join(re.findall(r"[A-Za-z]+[.,]?", topics[name])) for name in sorted(topics)]
@@ -81,12 +82,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bart = BartConfig(
         vocab_size=600,
         d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
+        **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART_SIZES.items()},
         max_position_embeddings=DENSE,
         dropout=0.0,
         pad_token_id=0,

@@ -18,8 +18,8 @@ FOLDERS = {
     "recipes": "hf_sparse.recipes",
     "benchmarks": "hf_sparse.benchmarks",
 }
-# What the benchmark wrote is committed, and not installed.
-NOT_INSTALLED = {ROOT / "benchmarks" / "results"}
+# What was measured is committed, and not installed.
+NOT_INSTALLED = {ROOT / "benchmarks" / "results", ROOT / "recipes" / "results"}
 FLOORS = {
     "hf_sparse.errors": 0,
     "hf_sparse.shapes": 0,
