@@ -24,7 +24,7 @@ from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading
-from hf_sparse.recipes.tasks.parent import Task, without_pooler
+from hf_sparse.recipes.tasks.parent import Task, encoded, without_pooler
 
 # heads whose logits are compared; without one, how near tokens are to one another
 _HEADS = {"ForMaskedLM": AutoModelForMaskedLM, "ForCausalLM": AutoModelForCausalLM}
@@ -131,9 +131,7 @@ class Distillation(Task):
             )
             return {name: found[name] for name in ("input_ids", "attention_mask")}
 
-        # of a stream the names may not be known before it is read
-        settings: dict[str, Any] = {"batched": True, "remove_columns": split.column_names or list(next(iter(split)))}
-        return split.map(rows, **settings)
+        return encoded(split, rows)
 
     def shortened(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a batch whose rows are cut at the dense model's length."""

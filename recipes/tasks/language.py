@@ -13,7 +13,7 @@ from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading, tokenize
-from hf_sparse.recipes.tasks.parent import Task, listed
+from hf_sparse.recipes.tasks.parent import Task, encoded, listed
 
 # share of the tokens that are masked
 MASKED = 0.15
@@ -49,11 +49,7 @@ class _Language(Task):
             found = listed(tokenize(tokenizer, reading, texts))
             return {name: found[name] for name in ("input_ids", "attention_mask")}
 
-        # of a stream the names may not be known before it is read
-        settings: dict[str, Any] = {"batched": True, "remove_columns": split.column_names or list(next(iter(split)))}
-        if isinstance(split, Dataset):
-            settings["desc"] = "Reading documents"
-        found = split.map(rows, **settings)
+        found = encoded(split, rows)
         if isinstance(found, Dataset) and not len(found):
             raise RecipeError(f"the {kind} split holds no text")
         return found

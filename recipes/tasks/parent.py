@@ -155,9 +155,12 @@ def without_pooler(model: Any) -> Any:
     return model
 
 
-def encoded(split: Dataset, rows: Any) -> Dataset:
-    """Return a split in which ``rows`` made lists of fields out of lists of columns."""
-    return split.map(rows, batched=True, remove_columns=split.column_names, desc="Reading documents")
+def encoded(split: Any, rows: Any) -> Any:
+    """Return a split, or a stream of one, in which ``rows`` made lists of fields out of lists of columns."""
+    if isinstance(split, Dataset):
+        return split.map(rows, batched=True, remove_columns=split.column_names, desc="Reading documents")
+    # of a stream the names may not be known before it is read
+    return split.map(rows, batched=True, remove_columns=split.column_names or list(next(iter(split))))
 
 
 def listed(rows: list[dict[str, Any]], names: tuple[str, ...] = ()) -> dict[str, list[Any]]:

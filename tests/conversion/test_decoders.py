@@ -14,7 +14,7 @@ import hf_sparse
 from hf_sparse import UnsupportedModelError
 from hf_sparse.conversion import Count
 from tests.support.checkpoints import edit_json, tree
-from tests.support.decoders import tiny_decoder, tiny_prompts
+from tests.support.decoders import tiny_decoder, tiny_prompts, train_two_steps
 from tests.support.rounding import assert_within_rounding
 
 SINKS = hf_sparse.pattern("longformer", window=8, global_tokens=(0,), global_projections=False)
@@ -100,18 +100,9 @@ def test_a_converted_decoder_trains_saves_and_loads_twice(tmp_path: Path, family
     write_decoder(tmp_path / "dense", family)
     hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", SINKS, max_length=LENGTH, verify=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = tiny_prompts(100, side="right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    losses = []
-    for _ in range(2):
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[1] < losses[0]
+    train_two_steps(model, **batch, labels=labels)
     model.eval().save_pretrained(tmp_path / "once")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "once").eval()
     again.save_pretrained(tmp_path / "twice")

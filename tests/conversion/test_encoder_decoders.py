@@ -15,7 +15,7 @@ import hf_sparse
 from hf_sparse.conversion import Count
 from tests.support import rules
 from tests.support.checkpoints import tree
-from tests.support.decoders import allowed_pairs, tiny_decoder, tiny_prompts
+from tests.support.decoders import allowed_pairs, tiny_decoder, tiny_prompts, train_two_steps
 from tests.support.rounding import assert_within_rounding
 
 BAND = hf_sparse.pattern("band", radius=4)
@@ -160,17 +160,8 @@ def test_a_converted_bart_trains_saves_and_loads_twice(tmp_path: Path) -> None:
     write_bart(tmp_path / "dense")
     hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", LONGFORMER, max_length=LENGTH, verify=False)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse").train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     read, labels = tiny_prompts(100, side="right"), tiny_prompts(23, padding=0, seed=1)["input_ids"]
-    losses = []
-    for _ in range(2):
-        loss = model(**read, labels=labels).loss
-        loss.backward()
-        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[1] < losses[0]
+    train_two_steps(model, **read, labels=labels)
     model.eval().save_pretrained(tmp_path / "once")
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "once").eval()
     again.save_pretrained(tmp_path / "twice")

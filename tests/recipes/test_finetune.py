@@ -20,7 +20,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 import hf_sparse
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments, read_arguments
+from hf_sparse.recipes.documents import read_splits
 from hf_sparse.recipes.finetune import finetune
+from hf_sparse.recipes.tasks.classify import Classification
 from tests.support.checkpoints import write_checkpoint, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,6 +101,12 @@ def test_several_labels_and_their_threshold(source: str, tmp_path: Path) -> None
     (run,) = results["runs"]
     assert run["metrics"] == {"f1_micro": 1.0, "f1_macro": 1.0}
     assert 0 < run["threshold"] < 1
+    # what one run chose does not choose the epochs of the next
+    held = arguments(source, dataset, tmp_path / "other")
+    task = Classification(read_splits(held, Classification.columns(held)), held)
+    task.threshold = 0.9
+    task.load(source)
+    assert task.threshold == 0.5
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed-0")
     assert model.config.id2label == {0: "hard", 1: "long", 2: "water"}
     assert model.config.problem_type == "multi_label_classification"

@@ -105,3 +105,16 @@ def allowed_pairs(mask: Tensor, rule: Callable[[int, int, int], bool], *, heads:
         drawn = draw(rule, stop - first, heads=heads, is_causal=True)
         allowed[row, :, first:stop, first:stop] = drawn & (mask[row, first:stop] != 0)
     return allowed
+
+
+def train_two_steps(model: PreTrainedModel, **batch: Tensor) -> None:
+    """Train a model by two steps: every weight has a gradient, and the loss falls."""
+    optimizer, losses = torch.optim.SGD(model.train().parameters(), lr=0.1), []
+    for _ in range(2):
+        loss = model(**batch).loss
+        loss.backward()
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
