@@ -22,6 +22,7 @@ from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.results import replace_part, surroundings, table
 
 HERE = Path(recipes.__file__).parent
+RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
 LENGTH = 4096
 PATTERNS: dict[str, Pattern] = {
@@ -64,7 +65,6 @@ def main() -> None:
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--data", required=True, help="Folder with train.parquet, validation.parquet and test.parquet.")
     parser.add_argument("--models", required=True, type=Path, help="Folder for converted checkpoints; may hold them.")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
     held = parser.parse_args()
     dense = str(checked_source())
     for seed in SEEDS:
@@ -75,12 +75,12 @@ def main() -> None:
             # the baselines are of no pattern: they stand beside the first
             first = key == next(iter(PATTERNS))
             _measure(held, key, str(source), dense if first else None, seed)
-    write_page(held.results)
+    write_page()
 
 
 def _measure(held: Any, key: str, source: str, dense: str | None, seed: int) -> None:
     experiment = EXPERIMENTS[held.name]
-    path = held.results / held.name / f"{key}-{seed}.json"
+    path = RESULTS / held.name / f"{key}-{seed}.json"
     if path.exists():
         return
     work = held.models / f"{held.name}-{key}-{seed}"
@@ -105,9 +105,9 @@ def _measure(held: Any, key: str, source: str, dense: str | None, seed: int) -> 
     shutil.rmtree(work)
 
 
-def write_page(results: Path) -> None:
+def write_page() -> None:
     """Write the tables of all results into the page beside this module."""
-    lines = [line for name in EXPERIMENTS if (results / name).is_dir() for line in _section(name, results / name)]
+    lines = [line for name in EXPERIMENTS if (RESULTS / name).is_dir() for line in _section(name, RESULTS / name)]
     replace_part(HERE / "README.md", START, END, lines)
 
 
