@@ -100,7 +100,15 @@ def content_attention(
             hidden = None if call.hidden_states is None else call.hidden_states[rows][:, at]
             scope = Scope(len(positions), q.shape[1], call.layer, call.is_causal, call.head_offset, call.num_heads)
             known = Content(
-                scope, call.state, hidden, not is_real.any(), call.is_training, call.scale, rows, query.shape[0]
+                scope,
+                call.state,
+                hidden,
+                not is_real.any(),
+                call.is_training,
+                call.scale,
+                rows,
+                query.shape[0],
+                takes_shares=call.backend not in ("dense", "flex"),
             )
             found = _attend(held[0], held[1], held[2], content, rest, segment, positions, known, call, drawn)
             parts.append((rows, at, found))
@@ -152,7 +160,7 @@ def _attend(
     if call.backend == "flex":
         return flex_slot_attention(query, key, value, slots)
     if call.backend != "dense":
-        return slot_attention(query, key, value, slots)
+        return slot_attention(query, key, value, slots, known.held.get("shares"))
     if assignment.is_mean:
         raise ValueError(
             "backend 'dense' has one softmax for each query and does not serve means; pass backend='gather'"
@@ -275,9 +283,10 @@ def _united(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
     is_empty = (one[1] == float("-inf")) & (other[1] == float("-inf"))
     # where both are -inf a logsumexp has no gradient
     held = [lse.masked_fill(is_empty, 0.0) for _, lse in (one, other)]
-    lse = torch.logaddexp(*held)
-    out = sum((own - lse).exp()[..., None] * part for own, (part, _) in zip(held, (one, other), strict=True))
-    return out.masked_fill(is_empty[..., None], 0.0), lse.masked_fill(is_empty, float("-inf"))  # type: ignore[union-attr]
+    share = (held[1] - held[0]).sigmoid()
+    # in one pass; where both are empty both are 0
+    out = one[0].lerp(other[0], share[..., None])
+    return out, torch.logaddexp(*held).masked_fill(is_empty, float("-inf"))
 
 
 def _with_self(

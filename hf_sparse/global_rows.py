@@ -1,7 +1,7 @@
 """Rows that have projections of their own: those of Longformer's global tokens, and of Star's relays."""
 
 import dataclasses
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,21 @@ def names_global_tokens(pattern: Pattern, *, with_projections: bool = False) -> 
 
 def with_unused(out: Tensor, state: nn.Module) -> Tensor:
     """Let weights that a call does not use take part with gradient 0: distributed training waits for all of them."""
-    if torch.is_grad_enabled() and any(p.requires_grad for p in state.parameters()):
-        return out + 0.0 * sum(p.sum() for p in state.parameters()).to(out.dtype)  # type: ignore[union-attr]
-    return out
+    parameters = [p for p in state.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    return _WithUnused.apply(out, *parameters) if parameters else out
+
+
+class _WithUnused(torch.autograd.Function):
+    """Nothing but gradients of 0: adding 0 times a sum would copy the output."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
 def can_fold(state: nn.Module) -> TypeGuard[GlobalProjections]:

@@ -114,12 +114,17 @@ class Assignment:
         is_mean: whether a query's outputs of several blocks are averaged, each with a softmax of its own; if not, all its keys
             share one softmax.
         reads_self: whether a query that stands beside itself reads itself.
+        chosen: tokens of the blocks that were chosen, each by shares: of the keys of a lane, in parts as many as it has places,
+            a block stands first in each. 0 where there are no shares.
+        copies: int64 ``[lanes, S - N]``, which token each key behind the N tokens is a copy of; None where none is.
     """
 
     slots: tuple[Slots, ...]
     repeats: Repeats | None = None
     is_mean: bool = False
     reads_self: bool = True
+    chosen: int = 0
+    copies: Tensor | None = None
 
 
 def cut(order: Tensor, size: int) -> Tensor:

@@ -20,7 +20,9 @@ from hf_sparse.slots import Slots
 _HUGE = 1e30
 
 
-def slot_attention(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple[Tensor, Tensor]:
+def slot_attention(
+    query: Tensor, key: Tensor, value: Tensor, call: SlotCall, shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend, differentiably.
 
     Args:
@@ -28,21 +30,26 @@ def slot_attention(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) ->
         key: float ``[B, G, S, D]``; of tokens, and behind them what is no token.
         value: float ``[B, G, S, Dv]``.
         call: who reads whom and how.
+        shares: float ``[B, H, places, blocks]``, by which the blocks of ``assignment.chosen`` tokens were chosen. They change
+            nothing, and get the gradient of a mixture in the place of what was chosen (straight-through).
 
     Returns:
         Output ``[B, H, N, Dv]`` and logsumexp ``[B, H, N]``, both in float32 (float64 for float64); 0 and -inf for a query that
         reads nothing. Of means there is no common logsumexp: it tells only who reads anything, and has no gradient.
     """
-    found: tuple[Tensor, Tensor] = _SlotAttention.apply(query, key, value, call)
+    found: tuple[Tensor, Tensor] = _SlotAttention.apply(query, key, value, shares, call)
     return found
 
 
 class _SlotAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, shares: Tensor | None, call: SlotCall
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(query, key, value, call)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.call = call
+        ctx.places = None if shares is None else shares.shape[2]
         ctx.set_materialize_grads(False)
         if call.assignment.is_mean:
             ctx.mark_non_differentiable(lse)
@@ -50,7 +57,8 @@ class _SlotAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (*_backward(ctx.call, *grads, *ctx.saved_tensors), None)
+        places = ctx.places if ctx.needs_input_grad[3] else None
+        return (*_backward(ctx.call, places, *grads, *ctx.saved_tensors), None)
 
 
 @without_autocast
@@ -83,6 +91,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple
 
 def _backward(
     call: SlotCall,
+    places: int | None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -90,7 +99,7 @@ def _backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = _exact(query, key, value)
         g = torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype)
@@ -100,6 +109,7 @@ def _backward(
         top = lse.masked_fill(lse == float("-inf"), _HUGE)
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         q_rows, k_rows, v_rows = (Rows(t, t.shape[3]) for t in (q, k, v))
+        of_shares: list[Tensor] = []
         for lane, row, head, group in _lanes(q, k):
             own = _own(call, q, k, v, row, head, group)
             own_grad = g[row, head] * call.kernel.grad_factor
@@ -127,9 +137,25 @@ def _backward(
                     values.add(grad_values, at, weights, grad)
             is_first = head % (q.shape[1] // k.shape[1]) == 0
             _write(dq[row, head], q_at, q_rows, call.scale, is_first=True)
+            if places is not None:
+                of_keys, of_values = (
+                    _products(rows, vectors, places, call.assignment.chosen)
+                    for rows, vectors in zip((k_rows, v_rows), own[1:], strict=True)
+                )
+                of_shares.append(of_keys / LOG2_E + of_values)
             _write(dk[row, group], k_at, k_rows, 1 / LOG2_E, is_first=is_first)
             _write(dv[row, group], k_at, v_rows, 1.0, is_first=is_first)
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+        shares = torch.stack(of_shares).unflatten(0, q.shape[:2]) if of_shares else None
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), shares
+
+
+def _products(rows: Rows, vectors: Tensor, places: int, size: int) -> Tensor:
+    """Return products ``[places, blocks]`` of gradients of what was chosen with the vectors ``[N, D]`` of all blocks."""
+    width = vectors.shape[1]
+    chosen = rows.held.view(places, -1, width)[:, :size].flatten(1)
+    missing = -len(vectors) % size
+    blocks = torch.nn.functional.pad(vectors, (0, 0, 0, missing)) if missing else vectors
+    return chosen @ blocks.view(-1, size * width).T
 
 
 def _own(

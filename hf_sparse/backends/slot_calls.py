@@ -27,8 +27,8 @@ class SlotCall:
         heads: query heads held here.
         is_causal: whether keys ahead of the query are left out.
         scale: factor of the scores.
-        positions: int64 ``[N]``, logical, of the tokens; what the parts speak of. Keys from N on are no tokens: every query may
-            read them.
+        positions: int64 ``[N]``, logical, of the tokens; what the parts speak of. Keys from N on that are no copies of tokens
+            are read by every query.
         dropout: probability of dropping an attention probability.
         words: of the dropout, int32 ``[B, H, N]`` and ``[S]``; None without it.
         parts: a pair of tokens that one of these allows is none of ours.
@@ -85,8 +85,12 @@ class SlotCall:
 
     def _allowed(self, slots: Slots, at: slice, lane: int, has_gaps: bool, finder: Finder | None) -> Tensor | None:
         queries, keys = slots.queries[at], slots.keys[at]
-        q, k = queries.clamp(min=0), keys.clamp(min=0)
-        is_token = (k < len(self.positions))[:, None, :]
+        q, k, tokens = queries.clamp(min=0), keys.clamp(min=0), len(self.positions)
+        is_token = k < tokens
+        if self.assignment.copies is not None:
+            k = torch.where(is_token, k, self.assignment.copies[lane][(k - tokens).clamp(min=0)])
+            is_token = torch.ones_like(is_token)
+        is_token = is_token[:, None, :]
         terms = []
         if has_gaps:
             terms.append((queries >= 0)[:, :, None] & (keys >= 0)[:, None, :])
@@ -97,8 +101,8 @@ class SlotCall:
         if finder is not None and slots.rank is not None and bool(slots.rank[at].any()):
             terms.append(finder(slots.rank[at], q, k).logical_not_())
         if self.parts:
-            head, last = lane % self.heads, len(self.positions) - 1
-            q_at, k_at = self.positions[q][:, :, None], self.positions[k.clamp(max=last)][:, None, :]
+            head = lane % self.heads
+            q_at, k_at = self.positions[q][:, :, None], self.positions[k.clamp(max=tokens - 1)][:, None, :]
             for part in self.parts:
                 if part.heads is None or head in part.heads:
                     others = part.allows(q_at, k_at)

@@ -27,6 +27,11 @@ class Rows:
         self._count = last
         return self._held[first:last]
 
+    @property
+    def held(self) -> Tensor:
+        """The rows so far ``[Y, width]``, good until the next ``room``."""
+        return self._held[: self._count]
+
     def take(self) -> Tensor:
         """Return the rows ``[Y, width]``, good until the next ``room``, and begin anew."""
         last, self._count = self._count, 0

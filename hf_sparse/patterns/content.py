@@ -25,7 +25,8 @@ class Content:
         scale: factor of the scores.
         rows: which of the batch these are.
         batch: rows of the batch.
-        held: what a pattern keeps from ``extend`` for ``choose``.
+        takes_shares: whether the backend gives "shares" of ``held`` their gradient.
+        held: what a pattern keeps from ``extend`` for ``choose``; and "shares", for ``slot_attention``.
     """
 
     scope: Scope
@@ -36,6 +37,7 @@ class Content:
     scale: float = 1.0
     rows: slice = field(default_factory=lambda: slice(None))
     batch: int = 1
+    takes_shares: bool = False
     held: dict[str, Tensor] = field(default_factory=dict)
 
     def draw(self, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
@@ -127,7 +129,9 @@ class ContentPattern(Pattern):
 def block_sums(vectors: Tensor, size: int) -> Tensor:
     """Return the sums of blocks of ``[..., N, D]``, ``[..., blocks, D]``; the last block may be shorter."""
     blocks = -(-vectors.shape[-2] // size)
-    filled = nn.functional.pad(vectors, (0, 0, 0, blocks * size - vectors.shape[-2]))
+    missing = blocks * size - vectors.shape[-2]
+    # a pad by nothing copies
+    filled = nn.functional.pad(vectors, (0, 0, 0, missing)) if missing else vectors
     return filled.unflatten(-2, (blocks, size)).sum(-2)
 
 

@@ -159,37 +159,40 @@ class _Walk:
         self._weights = {name: parameter.to(dtype) for name, parameter in predictor.named_parameters()}
         entering = self._weights["enter.weight"], self._weights["enter.bias"]
         self._offered = linear(nodes.offered, *entering)
-        is_one = nodes.asked is nodes.offered
-        self._asked = self._offered if is_one else linear(nodes.asked, *entering)
+        self._is_one = nodes.asked is nodes.offered
+        self._asked = self._offered if self._is_one else linear(nodes.asked, *entering)
         start = self._weights["start"][:, heads]
         batch, count = self._offered.shape[:2]
         self._place = torch.arange(count, device=device)
         self._bucket = buckets_of(self._place[None, :] - self._place[:, None])
-        self._is_self = None if is_one else torch.eye(count, dtype=torch.bool, device=device)
-        self._bias = self._weights["distance_bias"][heads][:, self._bucket]
-        barred = torch.ones(count, count, dtype=torch.bool, device=device).triu(1) if is_causal else self._bucket < 0
-        self._barred = barred.expand(batch, start.shape[1], -1, -1)
+        bias = self._weights["distance_bias"][heads][:, self._bucket]
+        if is_causal:
+            bias = bias.masked_fill(self._place[None, :] > self._place[:, None], float("-inf"))
+        # of candidates; -inf for what cannot be picked
+        self._bias = bias.expand(batch, -1, -1, -1)
         self.output, self._cell = (held[None, :, None].expand(batch, -1, count, -1) for held in start)
         self._read(self._asked[:, None].expand_as(self.output))
 
     def scores(self) -> Tensor:
         """Return the scores of each source's candidates, ``[B, H, n, n]``; -inf for what cannot be picked."""
         pointer = linear(self.output, self._weights["pointer.weight"], self._weights["pointer.bias"])
-        products = pointer @ self._offered[:, None].transpose(-1, -2)
-        if self._is_self is not None:
-            own = (pointer * self._asked[:, None]).sum(-1, keepdim=True)
-            products = torch.where(self._is_self, own, products)
-        # in place: of many nodes each copy costs as much as the products
-        return products.div_(math.sqrt(pointer.shape[-1])).add_(self._bias).masked_fill_(self._barred, float("-inf"))
+        pointer = pointer / math.sqrt(pointer.shape[-1])
+        offered = self._offered[:, None].expand_as(pointer).transpose(-1, -2)
+        # in one pass: of many nodes each costs as much as the products
+        scores = torch.baddbmm(self._bias.flatten(0, 1), pointer.flatten(0, 1), offered.flatten(0, 1))
+        scores = scores.view_as(self._bias)
+        if not self._is_one:
+            own = (pointer * self._asked[:, None]).sum(-1) + self._bias.diagonal(dim1=-2, dim2=-1)
+            scores = scores.diagonal_scatter(own, dim1=-2, dim2=-1)
+        return scores
 
     def take(self, picked: Tensor) -> None:
         """Go to a destination of each source, int64 ``[B, H, n]``; from -1 on, nothing counts."""
         at = picked.clamp(min=0)
-        # a new one: the gradient of the scores before needs the old
-        self._barred = self._barred.scatter(-1, at[..., None], True)
+        self._bias = self._bias.scatter(-1, at[..., None], float("-inf"))
         index = at[..., None].expand_as(self.output)
         vectors = self._offered[:, None].expand_as(self.output).gather(2, index)
-        if self._is_self is not None:
+        if not self._is_one:
             vectors = torch.where((at == self._place)[..., None], self._asked[:, None], vectors)
         self._read(vectors + self._weights["distance_code"][self._bucket[self._place, at]])
 

@@ -84,10 +84,11 @@ class Sinkhorn(ContentPattern):
             key, value = key.repeat_interleave(ratio, 1), value.repeat_interleave(ratio, 1)
         mixing = self.mixing(query, key, content)
         content.held["mixing"] = mixing.detach()
-        if self.hard and not (torch.is_grad_enabled() and mixing.requires_grad):
+        mixing = mixing[:, :, : self.sortcut]
+        if self.hard and (content.takes_shares or not (torch.is_grad_enabled() and mixing.requires_grad)):
+            content.held["shares"] = mixing
             return key, value
         content.held["is_mixed"] = torch.ones(())
-        mixing = mixing[:, :, : self.sortcut]
         missing = blocks * self.block_size - tokens
         both = torch.cat([key, value], -1)
         held = nn.functional.pad(both, (0, 0, 0, missing)).unflatten(2, (blocks, self.block_size))
@@ -108,9 +109,11 @@ class Sinkhorn(ContentPattern):
         if self.hard and self.sortcut is not None:
             # several places may take the same block
             taken = _once(taken.flatten(1), tokens).view_as(taken)
+        copies = None
         if "is_mixed" in content.held:
             slot = tokens + torch.arange(wanted.shape[1] * size, device=query.device).view(-1, size)
             if self.hard:
+                copies = places[wanted.clamp(min=0)].clamp(min=0).flatten(1)
                 taken = torch.where(taken >= 0, slot, -1)
             else:
                 may = mixing.flatten(0, 1)[:, : self.sortcut] > 0
@@ -120,10 +123,11 @@ class Sinkhorn(ContentPattern):
         if self.sortcut is not None:
             keys = taken.flatten(1)
             whole = torch.arange(tokens, device=query.device).expand(lanes, -1)
-            return Assignment((Slots(lane, whole, keys),))
+            return Assignment((Slots(lane, whole, keys),), chosen=size, copies=copies)
         keys = torch.cat([taken, places.expand(lanes, -1, -1)], -1)
         queries = places.expand(lanes, -1, -1)
-        return Assignment((Slots(lane.repeat_interleave(blocks), queries.flatten(0, 1), keys.flatten(0, 1)),))
+        slots = Slots(lane.repeat_interleave(blocks), queries.flatten(0, 1), keys.flatten(0, 1))
+        return Assignment((slots,), chosen=size, copies=copies)
 
     def mixing(self, query: Tensor, key: Tensor, content: Content) -> Tensor:
         """Return how much of each block goes to each place, float ``[B, H, blocks, blocks]``, rows being places."""

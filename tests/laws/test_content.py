@@ -100,6 +100,10 @@ def test_causal_backends_agree(pattern: hf_sparse.Pattern, n: int) -> None:
 def test_in_a_union_a_pair_counts_once(pattern: hf_sparse.Pattern, unite: Any, is_causal: bool) -> None:
     n, united = 37, unite(pattern)
     check_agreement(united, n=n, is_causal=is_causal)
+    tensors = random_tensors(tokens=n, width=WIDTH)
+    # also where a gradient is asked for
+    learning = attention(united, is_causal=is_causal)(*(t.clone().requires_grad_() for t in tensors))
+    assert_same_maths(learning.detach(), attention(united, is_causal=is_causal)(*tensors), terms=n + WIDTH)
     if pattern.key != "sinkhorn" and getattr(pattern, "counting", "set") == "set":
         # with all values alike but one key's, an output says how much of that key was read: here against one softmax by hand
         query, key, _ = random_tensors(tokens=n, width=WIDTH)
