@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 TASKS_OF = {
     "query_column": ("answer", "retrieve"),
     "max_summary_length": ("summarize",),
+    "head_learning_rate": ("classify", "classify-images", "answer", "tag"),
     "packing": ("mlm", "clm"),
     "streaming": ("mlm", "clm", "distill"),
     "cpc": ("mlm",),
@@ -54,6 +55,10 @@ class RecipeArguments:
     batch_size: int = _field(1, "Documents of each process at a time.")
     gradient_accumulation_steps: int = _field(8, "Batches that a step adds up.")
     learning_rate: float = _field(5e-5, "Largest learning rate; it rises over a tenth of the steps and falls to 0.")
+    head_learning_rate: float | None = _field(
+        None,
+        "Of a head that the checkpoint does not have, which may take a hundred times as much; by default the same.",
+    )
     weight_decay: float = _field(0.01, "Of AdamW.")
     precision: str = _field("float32", "float32, bf16 or fp16: what is computed in half precision is up to autocast.")
     gradient_checkpointing: bool = _field(
@@ -101,6 +106,8 @@ class RecipeArguments:
         for name in ("lora", "save_steps", "policy", "cpc", "hidden", "attention", "short_share"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        if self.head_learning_rate is not None and self.head_learning_rate <= 0:
+            raise ValueError(f"--head_learning_rate must be above 0, got {self.head_learning_rate}")
         if self.train_size is not None and self.train_size < 1:
             raise ValueError(f"--train_size must be at least 1, got {self.train_size}")
         if self.streaming and self.max_steps < 1:

@@ -9,6 +9,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+# what peft puts into the name of a module that it trains whole
+_SAVED = ".modules_to_save.default."
+
 
 class ByLength(Sampler[int]):
     """Documents of about one length together, in an order that the seed and the epoch alone decide.
@@ -40,7 +43,32 @@ class ByLength(Sampler[int]):
 
 
 class OrderedTrainer(Trainer):
-    """Transformers' trainer, with training documents in the order of :class:`ByLength` where they go by length."""
+    """Transformers' trainer, with training documents in the order of :class:`ByLength` where they go by length.
+
+    Attributes:
+        head: names of parameters that learn at a rate of their own.
+        head_rate: that rate; None gives them the others'.
+    """
+
+    head: frozenset[str] = frozenset()
+    head_rate: float | None = None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        if self.head_rate is None:
+            return optimizer
+        held: Any = self.model if model is None else model
+        # an adapter keeps its copy of a head under a longer name
+        head = {id(p) for name, p in held.named_parameters() if name.replace(_SAVED, ".").endswith(tuple(self.head))}
+        groups = list(optimizer.param_groups)
+        optimizer.param_groups.clear()
+        for group in groups:
+            own = [p for p in group["params"] if id(p) in head]
+            others = [p for p in group["params"] if id(p) not in head]
+            for params, rate in ((others, group["lr"]), (own, self.head_rate)):
+                if params:
+                    optimizer.add_param_group({**group, "params": params, "lr": rate})
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

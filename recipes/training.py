@@ -93,6 +93,7 @@ def train(
     )
     # heads that do not count tokens take their number all the same: Trainer would not average over the batches of a step
     trainer.model_accepts_loss_kwargs = task.counts_tokens
+    trainer.head, trainer.head_rate = task.made, arguments.head_learning_rate
     task.prepare(trainer)
     before = {"before": _judged(task, trainer, splits)["metrics"]} if task.judges_before else {}
     _begin_peak()

@@ -1,5 +1,6 @@
 """Document classification, with one label or several for each document."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,18 +61,18 @@ class Classification(Task):
         if len(self.names) < (1 if self.is_multilabel else 2):
             raise RecipeError(f"column {column!r} of the training split has no two different labels to tell apart")
         self.threshold = 0.5
+        self._bias = torch.zeros(len(self.names))
 
     @classmethod
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
         """Return the columns that a split has to have."""
         return arguments.text_column or "text", arguments.label_column or "label"
 
-    def load(self, source: str) -> PreTrainedModel:
-        """Return a checkpoint with a head for the labels."""
+    def load(self, source: str, **settings: Any) -> PreTrainedModel:
         # what another seed's run chose is not this one's
         self.threshold = 0.5
         names = {i: str(name) for i, name in enumerate(self.names)}
-        found: PreTrainedModel = self.auto.from_pretrained(
+        found = super().load(
             source,
             num_labels=len(names),
             id2label=names,
@@ -79,17 +80,35 @@ class Classification(Task):
             problem_type="multi_label_classification" if self.is_multilabel else "single_label_classification",
             # a head for other labels is made anew
             ignore_mismatched_sizes=True,
+            **settings,
         )
+        for name, module in found.named_modules():
+            is_last = isinstance(module, torch.nn.Linear) and module.out_features == len(names)
+            if is_last and module.bias is not None and f"{name}.bias" in self.made:
+                module.bias.data.copy_(self._bias)
         return found
 
     def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
         text, label = self.columns(self.arguments)
+        self.count(split, kind)
 
         def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
             found = listed(tokenize(tokenizer, reading, held[text]))
             return {**found, "labels": [self._numbers(one) for one in held[label]]}
 
         return encoded(split, rows)
+
+    def count(self, split: Dataset, kind: str) -> None:
+        """Let new heads begin by saying how often each label is in the training split.
+
+        Source: Lin et al. 2017, arXiv:1708.02002, section 3.3.
+        """
+        if kind != "train":
+            return
+        labels = split[self.columns(self.arguments)[1]]
+        counts = Counter(one for label in labels for one in (label if self.is_multilabel else [label]))
+        share = torch.tensor([counts[one] + 1 for one in self._index]) / (len(labels) + 2)
+        self._bias = torch.logit(share) if self.is_multilabel else share.log()
 
     def collate(self, rows: list[dict[str, Any]], tokenizer: Any, reading: Reading) -> dict[str, Tensor]:
         labels = torch.tensor([row["labels"] for row in rows])

@@ -110,8 +110,8 @@ class Distillation(Task):
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
         return (arguments.text_column or "text",)
 
-    def load(self, source: str) -> Any:
-        return without_pooler(super().load(source))
+    def load(self, source: str, **settings: Any) -> Any:
+        return without_pooler(super().load(source, **settings))
 
     def prepare(self, trainer: Any) -> None:
         trainer.task = self

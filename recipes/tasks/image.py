@@ -32,6 +32,7 @@ class ImageClassification(Classification):
         image, _ = self.columns(self.arguments)
         if not isinstance(split.features[image], Image):
             raise RecipeError(f"column {image!r} of the {kind} split holds no images")
+        self.count(split, kind)
         # read when they are needed: pixels take far more room than files
         return split
 

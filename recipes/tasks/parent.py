@@ -32,6 +32,7 @@ class Task:
         baselines: how a dense model may read, beside.
         truncated: what tables call a dense model, given the tokens it reads.
         judges_before: whether the model is judged before training, too.
+        made: names of the parameters of the model loaded last that its checkpoint does not have.
 
     Args:
         splits: of the dataset.
@@ -52,6 +53,7 @@ class Task:
 
     def __init__(self, splits: Mapping[str, Dataset], arguments: RecipeArguments) -> None:
         self.arguments = arguments
+        self.made: frozenset[str] = frozenset()
 
     @classmethod
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
@@ -68,9 +70,16 @@ class Task:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def load(self, source: str) -> PreTrainedModel:
-        """Return a checkpoint with the task's head."""
-        found: PreTrainedModel = self.auto.from_pretrained(source)
+    def load(self, source: str, **settings: Any) -> PreTrainedModel:
+        """Return a checkpoint with the task's head.
+
+        Args:
+            source: the checkpoint.
+            settings: of ``from_pretrained``.
+        """
+        found: PreTrainedModel
+        found, told = self.auto.from_pretrained(source, output_loading_info=True, **settings)
+        self.made = frozenset({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
         return found
 
     def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:

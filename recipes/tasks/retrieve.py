@@ -62,8 +62,8 @@ class Retrieval(Task):
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
         return arguments.text_column or "text", arguments.query_column or "query"
 
-    def load(self, source: str) -> Any:
-        return without_pooler(super().load(source))
+    def load(self, source: str, **settings: Any) -> Any:
+        return without_pooler(super().load(source, **settings))
 
     def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
         text, query = self.columns(self.arguments)

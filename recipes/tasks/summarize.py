@@ -53,8 +53,8 @@ class Summarization(Task):
         labels = pad([{"input_ids": row["labels"]} for row in rows], 1, {"input_ids": _IGNORED})
         return {**super().collate(held, tokenizer, reading), "labels": labels["input_ids"]}
 
-    def load(self, source: str) -> PreTrainedModel:
-        model = super().load(source)
+    def load(self, source: str, **settings: Any) -> PreTrainedModel:
+        model = super().load(source, **settings)
         longest = family_of(model.config).length(model.config)
         model.generation_config.max_length = min(self.arguments.max_summary_length, longest)
         return model

@@ -47,17 +47,17 @@ class Tagging(Task):
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
         return arguments.text_column or "tokens", arguments.label_column or "tags"
 
-    def load(self, source: str) -> PreTrainedModel:
+    def load(self, source: str, **settings: Any) -> PreTrainedModel:
         names = dict(enumerate(self.names))
-        found: PreTrainedModel = self.auto.from_pretrained(
+        return super().load(
             source,
             num_labels=len(names),
             id2label=names,
             label2id={name: i for i, name in names.items()},
             # a head for other tags is made anew
             ignore_mismatched_sizes=True,
+            **settings,
         )
-        return found
 
     def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
         words, tags = self.columns(self.arguments)

@@ -15,13 +15,14 @@ import torch
 
 pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 import hf_sparse
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments, read_arguments
 from hf_sparse.recipes.documents import read_splits
 from hf_sparse.recipes.finetune import finetune
+from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.tasks.classify import Classification
 from tests.support.checkpoints import write_checkpoint, write_tokenizer
 
@@ -110,6 +111,38 @@ def test_several_labels_and_their_threshold(source: str, tmp_path: Path) -> None
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed-0")
     assert model.config.id2label == {0: "hard", 1: "long", 2: "water"}
     assert model.config.problem_type == "multi_label_classification"
+
+
+def test_a_new_head_begins_with_how_often_labels_are_and_a_trained_one_stays(source: str, tmp_path: Path) -> None:
+    dataset = write_documents(tmp_path / "data", {"river": ["water", "long"], "stone": ["water"]}.__getitem__)
+    held = arguments(source, dataset, tmp_path / "run")
+    splits = read_splits(held, Classification.columns(held))
+    task = Classification(splits, held)
+    # half of the 24 documents are long, all have to do with water
+    task.encode(splits["train"], "train", AutoTokenizer.from_pretrained(source), Reading(128))
+    model: Any = task.load(source)
+    long, water = (torch.tensor((count + 1) / 26).logit() for count in (12, 24))
+    assert torch.allclose(model.classifier.bias.data, torch.stack([long, water]))
+    model.classifier.bias.data.fill_(7.0)
+    model.save_pretrained(tmp_path / "trained")
+    assert (task.load(str(tmp_path / "trained")).classifier.bias == 7.0).all()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_new_head_may_learn_at_a_rate_of_its_own(source: str, tmp_path: Path, lora: int) -> None:
+    if lora:
+        pytest.importorskip("peft", reason="adapters need hf-sparse[peft]")
+    dataset = write_documents(tmp_path / "data", str)
+    rates: Any = {"learning_rate": 0.0, "head_learning_rate": 0.01}
+    finetune("classify", arguments(source, dataset, tmp_path / "run", max_steps=4, lora=lora, **rates))
+    trained: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed-0")
+    before = AutoModelForMaskedLM.from_pretrained(source).state_dict()
+    kept = {name: held for name, held in trained.state_dict().items() if name in before}
+    assert len(kept) > 20
+    assert all(torch.equal(held, before[name]) for name, held in kept.items())
+    # the two began alike, as there are as many documents of one label as of the other
+    assert (trained.classifier.bias[0] - trained.classifier.bias[1]).abs() > 1e-4
 
 
 def test_a_run_goes_on_where_it_was_stopped_with_the_same_losses(
