@@ -51,6 +51,23 @@ def convert_command(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the result, its pattern wide open, with SRC.")
     ] = True,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read SRC's pytorch_model.bin where it has no safetensors.")
+    ] = False,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="Write the few lines with which trust_remote_code=True loads DST where nobody imported hf_sparse.",
+        ),
+    ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option("--push-to", metavar="REPO", help="Push DST to this model on the Hub, with a card and a picture."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the model of --push-to, if it is new, for yourself alone.")
+    ] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -60,6 +77,7 @@ def convert_command(
     Example:
       hf-sparse convert roberta-base roberta-4096 --pattern longformer --set window=512 --max-length 4096
       hf-sparse convert roberta-base roberta-4096 --pattern "routing|band" --max-length 4096 --calibrate book.txt
+      hf-sparse convert roberta-base roberta-4096 --pattern longformer --max-length 4096 --push-to me/roberta-4096
     """
     from hf_sparse.conversion.convert import convert
 
@@ -74,6 +92,10 @@ def convert_command(
         calibrate=calibrate,
         overwrite=overwrite,
         verify=verify,
+        allow_pickle=allow_pickle,
+        remote_code=remote_code,
+        push_to=push_to,
+        private=private or None,
         revision=revision,
     )
     if as_json:

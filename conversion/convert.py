@@ -1,7 +1,9 @@
 """Converting a dense checkpoint into a sparse one."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -10,20 +12,28 @@ from typing import Any
 
 from torch import Tensor
 
+import hf_sparse
 from hf_sparse.conversion import shards
 from hf_sparse.conversion.calibration import calibrated, plan_calibration
 from hf_sparse.conversion.companions import Companions, plan_companions
-from hf_sparse.conversion.destination import check_destination, check_space, partial_folder
-from hf_sparse.conversion.model_card import card
+from hf_sparse.conversion.destination import check_destination, check_free, check_space
+from hf_sparse.conversion.job import Job, sha256_of
+from hf_sparse.conversion.model_card import conversion_card
 from hf_sparse.conversion.progress import counting
 from hf_sparse.conversion.report import ConversionReport
 from hf_sparse.conversion.source import INDEX, Checkpoint, open_checkpoint
 from hf_sparse.conversion.target import Target, plan_target
-from hf_sparse.conversion.verify import wide_open_difference
+from hf_sparse.conversion.verify import compare
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
-from hf_sparse.patterns import Band, Pattern
+from hf_sparse.errors import PushError
+from hf_sparse.integration.card import PICTURE, Card, draw
+from hf_sparse.integration.density import mean_density
+from hf_sparse.integration.hub import check_account, push_folder
+from hf_sparse.integration.remote_code import auto_map_of, write_code
+from hf_sparse.patterns import Pattern
 
-_README = PurePosixPath("README.md")
+_README = "README.md"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def convert(
@@ -38,32 +48,55 @@ def convert(
     calibrate: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    allow_pickle: bool = False,
+    remote_code: bool = False,
+    push_to: str | None = None,
+    private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Convert a dense checkpoint into a sparse one; see :func:`hf_sparse.convert`."""
     started = time.monotonic()
-    checkpoint = open_checkpoint(source, revision=revision, token=token)
-    wanted = check_destination(destination, source=checkpoint.root, overwrite=overwrite)
+    _check_push(push_to, private, token)
+    checkpoint = open_checkpoint(source, revision=revision, token=token, allow_pickle=allow_pickle)
+    wanted = check_destination(destination, source=checkpoint.root)
     sizes: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
     target = plan_target(checkpoint, pattern, layers=layers, **sizes)
+    job = Job(wanted, {**_arguments(checkpoint, target, calibrate), **sizes, "remote_code": remote_code})
+    job.find()
+    if not job.is_in_place:
+        check_free(wanted, overwrite=overwrite)
     calibration = None if calibrate is None else plan_calibration(calibrate, checkpoint, target)
     centroids: dict[str, Tensor] = {}
     weights = plan_weights(checkpoint, target, None if calibration is None else centroids)
     companions = plan_companions(checkpoint, target, raises_limits=(max_length, image_size) != (None, None))
     size = sum(shard.size for shard in weights.shards) + companions.size
-    density = _density(target)
-    check_space(wanted, size)
-    if calibration is not None:
-        # before anything is written, and after all that can be refused
-        centroids.update(calibrated(checkpoint, target, calibration))
-    with partial_folder(wanted, overwrite=overwrite) as folder:
-        with counting(size, progress) as count:
-            _write(folder, checkpoint, target, weights, companions, count, is_calibrated=calibration is not None)
-        difference, note = None, "not compared: verify was off"
-        if verify:
-            difference, note = wide_open_difference(checkpoint.folder, folder / checkpoint.inner, target)
+    density = mean_density(
+        ((layer, target.entry.pattern_of(layer.stack, layer.index)) for layer in target.layers), target.length
+    )
+    card = conversion_card(
+        checkpoint, target, density=density, is_calibrated=calibration is not None, loads_by_code=remote_code
+    )
+    if job.result is None:
+        check_space(wanted, size - job.held_bytes)
+        if calibration is not None:
+            # before anything is written, and after all that can be refused
+            centroids.update(calibrated(checkpoint, target, calibration))
+    with job.under_way():
+        resumed = tuple(job.done)
+        if job.result is None:
+            with counting(size, progress) as count:
+                _write(job, checkpoint, target, weights, companions, count, loads_by_code=remote_code)
+            _write_readme(job.files, card, checkpoint)
+            compared = compare(checkpoint.folder, job.files / checkpoint.inner, target, wanted=verify)
+            job.finish({**compared, "checksums": _checksums(job)})
+        job.put_in_place(overwrite=overwrite)
+        made: dict[str, Any] = job.result or {}
+        pushed = None
+        if push_to is not None:
+            made["checksums"] |= _dress(wanted, card, checkpoint, target, push_to)
+            pushed = _push(wanted, checkpoint, push_to, private, token)
     entry = target.entry.to_dict()
     return ConversionReport(
         source=checkpoint.name,
@@ -82,71 +115,113 @@ def convert(
         files_carried=tuple(map(str, companions.carried)),
         files_raised=tuple(sorted(map(str, companions.rewritten))),
         files_left_behind=companions.left_behind,
+        files_resumed=resumed,
         density=density,
-        wide_open_difference=difference,
-        wide_open_note=note,
+        **made,
         rotary=target.rotary,
         calibration=None if calibration is None else calibration.note,
+        pushed_to=pushed,
         seconds=time.monotonic() - started,
     )
 
 
+def _check_push(push_to: str | None, private: bool | None, token: str | bool | None) -> None:
+    """Check what can be checked of a push before anything is done."""
+    if push_to is None:
+        if private is not None:
+            raise ValueError(
+                "private is for what is pushed, and nothing is; pass push_to (--push-to) as well, or leave it out"
+            )
+        return
+    if not _REPOSITORY.fullmatch(push_to):
+        raise ValueError(f"push_to must be the id of a model on the Hub, such as 'user/name'; got {push_to!r}")
+    check_account(token)
+
+
+def _arguments(checkpoint: Checkpoint, target: Target, calibrate: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Return what decides, beside the sizes, what is written: a conversion that was killed is gone on with by the same."""
+    entry = target.entry.to_dict()
+    weights = sorted(shard.path for shard in checkpoint.shards)
+    return {
+        "hf_sparse": hf_sparse.__version__,
+        "source": checkpoint.name if checkpoint.is_from_hub else str(checkpoint.root),
+        "weights": [_stamp(path) for path in weights],
+        "pattern": entry["pattern"],
+        "layers": entry["layers"],
+        "calibrate": None if calibrate is None else _stamp(Path(calibrate)),
+    }
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Return what tells a file from another one, or from itself after a change."""
+    if not path.exists():
+        return [str(path)]
+    return [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+
+
 def _write(
-    folder: Path,
+    job: Job,
     checkpoint: Checkpoint,
     target: Target,
     weights: PlannedWeights,
     companions: Companions,
     count: Callable[[int], None],
     *,
-    is_calibrated: bool,
+    loads_by_code: bool,
 ) -> None:
-    """Write everything the destination holds."""
-    inner = folder / checkpoint.inner
+    """Write everything the destination holds but for the README; weights files that are whole stay."""
+    folder, inner = job.files, job.files / checkpoint.inner
     inner.mkdir(parents=True, exist_ok=True)
     for shard in weights.shards:
-        shards.write_shard(inner / shard.name, shard.pieces, shard.metadata, count)
+        path = (PurePosixPath(checkpoint.inner) / shard.name).as_posix()
+        if path in job.done:
+            count(shard.size)
+        else:
+            job.note(path, shards.write_shard(folder / path, shard.pieces, shard.metadata, count))
     if weights.index is not None:
         _write_json(inner / INDEX, weights.index)
-    _write_json(inner / "config.json", target.config_json(checkpoint.config, companions.separator))
-    for path in companions.carried:
-        place = folder / path
+    config = target.config_json(checkpoint.config, companions.separator)
+    if loads_by_code:
+        config["auto_map"] = auto_map_of(type(target.config))
+        write_code(inner, type(target.config))
+    _write_json(inner / "config.json", config)
+    for companion in companions.carried:
+        place = folder / companion
         place.parent.mkdir(parents=True, exist_ok=True)
-        if path not in companions.rewritten:
-            shutil.copyfile(checkpoint.root / path, place)
-        count((checkpoint.root / path).stat().st_size)
-    for path, text in companions.rewritten.items():
-        (folder / path).write_text(text, encoding="utf-8")
-    held = (folder / _README).read_text(encoding="utf-8") if _README in companions.carried else None
-    name = _public_name(checkpoint)
-    text = card(held, name=name, inner=checkpoint.inner, target=target, is_calibrated=is_calibrated)
-    (folder / _README).write_text(text, encoding="utf-8")
+        if companion not in companions.rewritten:
+            shutil.copyfile(checkpoint.root / companion, place)
+        count((checkpoint.root / companion).stat().st_size)
+    for companion, text in companions.rewritten.items():
+        (folder / companion).write_text(text, encoding="utf-8")
 
 
-def _public_name(checkpoint: Checkpoint) -> str:
-    """Return a name that may be published: the Hub's id, or the last part of a local folder."""
-    return checkpoint.name if checkpoint.is_from_hub else checkpoint.root.name
+def _write_readme(folder: Path, card: Card, checkpoint: Checkpoint) -> None:
+    source = checkpoint.root / _README
+    held = source.read_text(encoding="utf-8") if source.is_file() else None
+    (folder / _README).write_text(card.text(held), encoding="utf-8")
+
+
+def _checksums(job: Job) -> dict[str, str]:
+    """Return the SHA-256 of every file."""
+    paths = sorted(path.relative_to(job.files).as_posix() for path in job.files.rglob("*") if path.is_file())
+    return {path: job.done.get(path) or sha256_of(job.files / path) for path in paths}
+
+
+def _dress(folder: Path, card: Card, checkpoint: Checkpoint, target: Target, push_to: str) -> dict[str, str]:
+    """Give a destination the README and the picture that it is pushed with, and return their SHA-256."""
+    layer = target.layers[0]
+    picture = draw(folder, target.entry, length=target.length, heads=layer.heads, is_causal=layer.is_causal)
+    _write_readme(folder, dataclasses.replace(card, place=push_to, picture=picture), checkpoint)
+    return {name: sha256_of(folder / name) for name in (_README, PICTURE) if (folder / name).is_file()}
+
+
+def _push(folder: Path, checkpoint: Checkpoint, push_to: str, private: bool | None, token: str | bool | None) -> str:
+    message = f"Convert {checkpoint.name if checkpoint.is_from_hub else checkpoint.root.name} to sparse attention"
+    try:
+        return str(push_folder(folder, push_to, message=message, private=private, token=token).commit_url)
+    except PushError as error:
+        raise PushError(f"{error}; {folder} is whole, and the same call pushes it without converting again") from None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _density(target: Target) -> float:
-    """Return the share of pairs that are read at the destination's length, averaged over layers and heads."""
-    length = target.length
-    known: dict[tuple[Pattern, int, int, bool], float] = {}
-    shares = []
-    for layer in target.layers:
-        pattern = target.entry.pattern_of(layer.stack, layer.index)
-        if pattern is None and not layer.is_causal:
-            shares.append(1.0)
-            continue
-        if pattern is None:
-            pattern = Band(radius=(layer.window or length) - 1)
-        at = layer.index if pattern.varies_by_layer else 0
-        scope = (pattern, at, layer.heads, layer.is_causal)
-        if scope not in known:
-            known[scope] = pattern.density(length, heads=layer.heads, layer=at, is_causal=layer.is_causal)
-        shares.append(known[scope])
-    return sum(shares) / len(shares)

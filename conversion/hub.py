@@ -6,26 +6,32 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_sparse.errors import ConversionError
+from hf_sparse.integration.hub import said_by_hub
 
+# weights as torch.save wrote them
+_PICKLES = [f"{place}pytorch_model*.bin*" for place in ("", "0_*/")]
 # weights in other formats and of other runs; a file of a module of sentence-transformers' (2_Dense/...) is none of them
 _UNWANTED = [
     *(
         f"{place}{file}"
         for place in ("", "0_*/")
-        for file in ("pytorch_model*.bin*", "tf_model*.h5", "flax_model*.msgpack", "rust_model*.ot", "*.gguf", "*.onnx")
+        for file in ("tf_model*.h5", "flax_model*.msgpack", "rust_model*.ot", "*.gguf", "*.onnx")
     ),
     *(f"{folder}/*" for folder in ("onnx", "openvino", "coreml", "checkpoint-*", "runs")),
     *("*.tflite", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin"),
 ]
 
 
-def download(repository: str, *, revision: str | None, token: str | bool | None) -> tuple[Path, str, tuple[str, ...]]:
+def download(
+    repository: str, *, revision: str | None, token: str | bool | None, allow_pickle: bool = False
+) -> tuple[Path, str, tuple[str, ...]]:
     """Fetch what a conversion needs of a model on the Hub, into the Hub's own cache.
 
     Args:
         repository: id of the model.
         revision: branch, tag or commit; None takes the main branch.
         token: None takes the one that was logged in with.
+        allow_pickle: whether weights that ``torch.save`` wrote are fetched where there are no others.
 
     Returns:
         The folder, the id with the commit, and the files that were not fetched.
@@ -33,10 +39,9 @@ def download(repository: str, *, revision: str | None, token: str | bool | None)
     Raises:
         ConversionError: if there is no such model, or the Hub cannot be reached and the cache does not hold it.
     """
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, token=token, ignore_patterns=_UNWANTED))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConversionError(_explain(repository, revision, error)) from error
+    folder = _fetch(repository, revision, token, [*_UNWANTED, *_PICKLES])
+    if allow_pickle and not any(folder.rglob("model*.safetensors*")):
+        folder = _fetch(repository, folder.name, token, _UNWANTED)
     try:
         names = HfApi().list_repo_files(repository, revision=folder.name, token=token)
     # the cache served it without a connection, whose errors belong to whatever HTTP client the Hub's library uses
@@ -44,6 +49,14 @@ def download(repository: str, *, revision: str | None, token: str | bool | None)
         names = []
     unfetched = tuple(sorted(name for name in names if not (folder / name).exists()))
     return folder, f"{repository}@{folder.name}", unfetched
+
+
+def _fetch(repository: str, revision: str | None, token: str | bool | None, unwanted: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(repository, revision=revision, token=token, ignore_patterns=unwanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        # what the server says may repeat the token
+        raise ConversionError(_explain(repository, revision, error)) from None
 
 
 def _explain(repository: str, revision: str | None, error: Exception) -> str:
@@ -59,5 +72,4 @@ def _explain(repository: str, revision: str | None, error: Exception) -> str:
             f"{repository} is no local folder, the cache does not hold it{at}, and HF_HUB_OFFLINE forbids asking the Hub; "
             "pass a folder, or unset HF_HUB_OFFLINE"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{repository} is no local folder, and it could not be fetched from {constants.ENDPOINT}{at}: {reason}"
+    return f"{repository} is no local folder, and it could not be fetched from {constants.ENDPOINT}{at}: {said_by_hub(error)}"

@@ -1,41 +1,63 @@
 """What the README of a converted checkpoint says about its conversion."""
 
 import json
+from pathlib import Path
 
 from hf_sparse.conversion.report import inputs_in_words
+from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.conversion.target import Target
+from hf_sparse.integration.card import SOMEWHERE, Card, draw
 
 
-def card(held: str | None, *, name: str, inner: str, target: Target, is_calibrated: bool = False) -> str:
-    """Return a README with a section on the conversion behind what it says already.
+def conversion_card(
+    checkpoint: Checkpoint,
+    target: Target,
+    *,
+    density: float,
+    is_calibrated: bool = False,
+    push_to: str | None = None,
+    picture_folder: Path | None = None,
+    fidelity: str = "",
+    loads_by_code: bool = False,
+) -> Card:
+    """Return what a README is to say.
 
     Args:
-        held: the source's README, front matter and all; None where there is none.
-        name: of the source.
-        inner: where the transformer lies in the checkpoint, "" for the top.
+        checkpoint: the source.
         target: what it became.
+        density: pairs read, over all pairs, at the longest input.
         is_calibrated: whether its centroids were moved on a text.
+        push_to: id on the Hub that it goes to; None where it stays.
+        picture_folder: of the README, gets a picture; None draws none.
+        fidelity: a table in Markdown of how near it stays to the source; "" for none.
+        loads_by_code: whether it brings the code that registers its type.
     """
-    pattern = json.dumps(target.entry.to_dict()["pattern"])
-    architecture = target.architectures[0]
-    subfolder = f', subfolder="{inner}"' if inner else ""
+    # a name that may be published: the Hub's id, or the last part of a local folder
+    name = checkpoint.name if checkpoint.is_from_hub else checkpoint.root.name
     after = inputs_in_words(target.length, target.image_size)
     before = inputs_in_words(target.length_before, target.image_size_before)
     if target.image_size is None:
         after, before = f"up to {after}", before.removesuffix(" tokens")
-    calibrated = "\nIts centroids were moved to the queries and keys that it has on a text." if is_calibrated else ""
-    rotary = f"\nIts rotary positions are `{json.dumps(target.rotary)}`." if target.rotary else ""
-    section = f"""## Converted to sparse attention
-
-This checkpoint was converted with `hf_sparse` from the dense `{architecture}` of `{name}`, and not trained since.
-It reads {after}, where the dense one reads {before}.
-Its attention follows `{pattern}`.{calibrated}{rotary}
-
-```python
-import hf_sparse  # registers the sparse classes; without it the next line raises
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("path/to/this/checkpoint"{subfolder})
-```
-"""
-    return section if held is None else f"{held.rstrip()}\n\n{section}"
+    said = [
+        f"This checkpoint was converted with `hf_sparse` from the dense `{target.architectures[0]}` of `{name}`, and not "
+        "trained since.",
+        f"It reads {after}, where the dense one reads {before}, and of all pairs of tokens at that length {density:.2%}.",
+    ]
+    if is_calibrated:
+        said.append("Its centroids were moved to the queries and keys that it has on a text.")
+    if target.rotary:
+        said.append(f"Its rotary positions are `{json.dumps(target.rotary)}`.")
+    picture = ""
+    if picture_folder is not None:
+        layer = target.layers[0]
+        picture = draw(picture_folder, target.entry, length=target.length, heads=layer.heads, is_causal=layer.is_causal)
+    return Card(
+        entry=target.entry,
+        origin="\n".join(said),
+        place=push_to or SOMEWHERE,
+        subfolder=checkpoint.inner,
+        base_model=checkpoint.name.partition("@")[0] if checkpoint.is_from_hub else None,
+        picture=picture,
+        fidelity=fidelity,
+        loads_by_code=loads_by_code,
+    )

@@ -41,13 +41,18 @@ class ConversionReport:
         files_carried: files beside the weights and config.json, as they were but for the limits.
         files_raised: those of them whose limits of length were raised, or that gained a field.
         files_left_behind: files that hold the dense model in other formats, or belong to its training.
+        files_resumed: weights files that were taken over from a conversion that was killed.
         density: pairs of tokens read, over all pairs, at ``max_length``, averaged over layers and heads; without the
             global tokens that a task or a call marks.
         wide_open_difference: the largest absolute difference between outputs of the source and of the destination with
             every pattern wide open; None where they were not compared.
         wide_open_note: what was compared, or why not.
+        wide_open_bytes: memory that the comparison took, at most, beside what the process held before; None where nothing was
+            compared or the system does not say.
+        checksums: SHA-256 of every file of the destination, by path.
         rotary: what the config now says of rotary positions, where that has changed; else None.
         calibration: what was calibrated on which text, in words; None where nothing was.
+        pushed_to: address of the commit on the Hub; None where nothing was pushed.
         seconds: how long it took.
     """
 
@@ -67,11 +72,15 @@ class ConversionReport:
     files_carried: tuple[str, ...]
     files_raised: tuple[str, ...]
     files_left_behind: tuple[str, ...]
+    files_resumed: tuple[str, ...]
     density: float
     wide_open_difference: float | None
     wide_open_note: str
+    wide_open_bytes: int | None
+    checksums: dict[str, str]
     rotary: dict[str, Any] | None
     calibration: str | None
+    pushed_to: str | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +116,14 @@ class ConversionReport:
             ("files left behind", _listed(self.files_left_behind)),
             *([("rotary positions", json.dumps(self.rotary))] if self.rotary else []),
             *([("calibrated", self.calibration)] if self.calibration else []),
+            *([("taken over", _listed(self.files_resumed))] if self.files_resumed else []),
             ("wide open", self._wide_open()),
+            *[
+                ("SHA-256", f"{digest} {path}")
+                for path, digest in self.checksums.items()
+                if path.endswith(".safetensors")
+            ],
+            *([("pushed to", self.pushed_to)] if self.pushed_to else []),
             ("seconds", f"{self.seconds:.1f}"),
         ]
         if self.layers:
@@ -125,17 +141,19 @@ class ConversionReport:
     def _wide_open(self) -> str:
         if self.wide_open_difference is None:
             return self.wide_open_note
-        return f"largest difference {self.wide_open_difference:.1e} ({self.wide_open_note})"
+        memory = "" if self.wide_open_bytes is None else f", at most {self.wide_open_bytes / 1e6:,.0f} MB of memory"
+        return f"largest difference {self.wide_open_difference:.1e} ({self.wide_open_note}{memory})"
 
     def __str__(self) -> str:
         tiled = "tiled" if self.image_size is None else "interpolated"
         rotary = f"Rotary positions: {json.dumps(self.rotary)}. " if self.rotary else ""
         calibrated = f"Calibrated: {self.calibration}. " if self.calibration else ""
+        pushed = f" Pushed to {self.pushed_to}." if self.pushed_to else ""
         return (
             f"Converted {self.source} to {self.destination} ({self.model_type}, pattern {self.pattern['key']}): reads "
             f"{self._reads()} where it read {self._reads(before=True)}, and {self.density:.2%} of all pairs at that length. "
             f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. {rotary}{calibrated}Wide open: "
-            f"{self._wide_open()}. {self.seconds:.1f} s."
+            f"{self._wide_open()}. {self.seconds:.1f} s.{pushed}"
         )
 
 

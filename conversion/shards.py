@@ -1,5 +1,6 @@
 """Safetensors files, read by their headers and written tensor by tensor, so that no weights are held in memory."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -168,8 +169,8 @@ def header_of(pieces: list[Piece], metadata: dict[str, str]) -> tuple[bytes, lis
 
 def write_shard(
     path: Path, pieces: list[Piece], metadata: dict[str, str], on_bytes: Callable[[int], None] = lambda count: None
-) -> None:
-    """Write a safetensors file.
+) -> str:
+    """Write a safetensors file, and return its SHA-256.
 
     Args:
         path: of the file; must not exist.
@@ -178,15 +179,27 @@ def write_shard(
         on_bytes: told the number of bytes after each write.
     """
     head, ordered = header_of(pieces, metadata)
+    digest = hashlib.sha256()
     with path.open("xb") as file:
-        write_bytes(file, head)
-        on_bytes(len(head))
+
+        def write(chunk: bytes) -> None:
+            write_bytes(file, chunk)
+            digest.update(chunk)
+            on_bytes(len(chunk))
+
+        write(head)
         for piece in ordered:
             for chunk in piece.chunks():
-                write_bytes(file, chunk)
-                on_bytes(len(chunk))
+                write(chunk)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def cut(held: memoryview) -> Iterator[bytes]:
+    """Yield bytes that lie in memory, of numbers in one row, a few megabytes at a time."""
+    for start in range(0, len(held), _CHUNK_BYTES):
+        yield bytes(held[start : start + _CHUNK_BYTES])
 
 
 def write_bytes(file: BinaryIO, chunk: bytes) -> None:

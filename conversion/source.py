@@ -3,18 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_sparse.conversion.hub import download
+from hf_sparse.conversion.pickles import PICKLE, PICKLE_INDEX, read_pickle
 from hf_sparse.conversion.shards import Shard, StoredTensor, read_shard
 from hf_sparse.errors import ConversionError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+_FOREIGN = ("tf_model.h5", "flax_model.msgpack")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
@@ -50,13 +51,22 @@ class Checkpoint:
         return self.root / self.inner
 
     @property
+    def is_pickled(self) -> bool:
+        """Whether its weights lie in what ``torch.save`` wrote."""
+        return any(shard.path.suffix == ".bin" for shard in self.shards)
+
+    @property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor, by name."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    allow_pickle: bool = False,
 ) -> Checkpoint:
     """Find a dense checkpoint and check it.
 
@@ -64,11 +74,12 @@ def open_checkpoint(
         source: a folder, or the id of a model on the Hub.
         revision: branch, tag or commit, of the Hub's.
         token: for the Hub; None takes the one that was logged in with.
+        allow_pickle: whether weights that are only there as ``pytorch_model.bin`` are read.
 
     Raises:
         ConversionError: if it is no checkpoint, is not whole, brings code of its own or is sparse already.
     """
-    root, name, is_from_hub, unfetched = _locate(source, revision, token)
+    root, name, is_from_hub, unfetched = _locate(source, revision, token, allow_pickle=allow_pickle)
     files = tuple(sorted(_files(root)))
     inner = _transformer_folder(root)
     folder = root / inner
@@ -77,18 +88,18 @@ def open_checkpoint(
         way_out = "merge the adapter into its model and save that" if is_adapter else "pass the folder that holds it"
         raise ConversionError(f"{name} is not a checkpoint: {folder} holds no config.json; {way_out}")
     config = read_json(folder / "config.json")
-    _check_code(name, folder, config)
     if "sparse_attention" in config or str(config.get("model_type", "")).startswith("sparse_"):
         raise ConversionError(
             f"{name} is sparse already (model_type {config.get('model_type')!r}); load it as it is, or convert the dense "
             "checkpoint it came from with another pattern"
         )
+    _check_code(name, folder, config)
     if config.get("quantization_config"):
         raise ConversionError(
             f"{name} is quantized (quantization_config in config.json), and conversion copies plain weights; convert the "
             "checkpoint it was made from"
         )
-    shards, index = _read_weights(name, folder, unfetched)
+    shards, index = _read_weights(name, folder, unfetched, allow_pickle=allow_pickle)
     for path in files:
         if not os.access(root / path, os.R_OK):
             raise ConversionError(f"{root / path} may not be read; change its permissions")
@@ -96,7 +107,7 @@ def open_checkpoint(
 
 
 def _locate(
-    source: str | os.PathLike[str], revision: str | None, token: str | bool | None
+    source: str | os.PathLike[str], revision: str | None, token: str | bool | None, *, allow_pickle: bool
 ) -> tuple[Path, str, bool, tuple[str, ...]]:
     """Return the folder of a source, its name, whether it is the Hub's, and what was not downloaded."""
     path = Path(source).expanduser()
@@ -108,7 +119,7 @@ def _locate(
         raise ConversionError(f"{source} is a file; pass the folder of the checkpoint")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         raise ConversionError(f"{source} is not a checkpoint: there is no such folder, and it is no id of the Hub's")
-    folder, name, unfetched = download(source, revision=revision, token=token)
+    folder, name, unfetched = download(source, revision=revision, token=token, allow_pickle=allow_pickle)
     return folder, name, True, unfetched
 
 
@@ -155,30 +166,41 @@ def _check_code(name: str, folder: Path, config: dict[str, Any]) -> None:
 
 
 def _read_weights(
-    name: str, folder: Path, unfetched: tuple[str, ...]
+    name: str, folder: Path, unfetched: tuple[str, ...], *, allow_pickle: bool
 ) -> tuple[tuple[Shard, ...], dict[str, Any] | None]:
     if (folder / WEIGHTS).is_file():
         return (read_shard(folder / WEIGHTS),), None
-    if not (folder / INDEX).is_file():
-        stray = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
-        if stray:
-            raise ConversionError(f"{name} has {stray[0]} but no {INDEX}; fetch or save the checkpoint again")
-        pickles = [file for file in _PICKLES if (folder / file).exists() or file in unfetched]
-        if pickles:
-            raise ConversionError(
-                f"{name} has its weights only as {pickles[0]}, which conversion does not read (a pickle may run code); load "
-                "it with transformers and save it again: save_pretrained writes safetensors"
-            )
-        raise ConversionError(f"{name} is not a checkpoint: {folder} holds no weights ({WEIGHTS} or {INDEX})")
-    index = read_json(folder / INDEX)
+    if (folder / INDEX).is_file():
+        return _read_shards(name, folder, INDEX, read_shard)
+    stray = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if stray:
+        raise ConversionError(f"{name} has {stray[0]} but no {INDEX}; fetch or save the checkpoint again")
+    if allow_pickle and (folder / PICKLE).is_file():
+        return (read_pickle(folder / PICKLE),), None
+    if allow_pickle and (folder / PICKLE_INDEX).is_file():
+        return _read_shards(name, folder, PICKLE_INDEX, read_pickle)
+    others = [file for file in (PICKLE, PICKLE_INDEX, *_FOREIGN) if (folder / file).exists() or file in unfetched]
+    if others:
+        by_name = ", or pass allow_pickle=True (--allow-pickle)" if others[0] in (PICKLE, PICKLE_INDEX) else ""
+        raise ConversionError(
+            f"{name} has its weights only as {others[0]}, which conversion does not read (a pickle may run code); load "
+            f"it with transformers and save it again: save_pretrained writes safetensors{by_name}"
+        )
+    raise ConversionError(f"{name} is not a checkpoint: {folder} holds no weights ({WEIGHTS} or {INDEX})")
+
+
+def _read_shards(
+    name: str, folder: Path, index_name: str, read: Callable[[Path], Shard]
+) -> tuple[tuple[Shard, ...], dict[str, Any]]:
+    index: dict[str, Any] = read_json(folder / index_name)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{folder / INDEX} has no weight_map; fetch or save the checkpoint again")
+        raise ConversionError(f"{folder / index_name} has no weight_map; fetch or save the checkpoint again")
     shards = []
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not (folder / file).is_file():
             raise ConversionError(f"{name} lacks the shard {file} that its index names; fetch the checkpoint again")
-        shard = read_shard(folder / file)
+        shard = read(folder / file)
         held = {tensor.name for tensor in shard.tensors}
         lacking = sorted(key for key, place in weight_map.items() if place == file and key not in held)
         if lacking:

@@ -15,20 +15,14 @@ from hf_sparse.conversion.names import renamings_of
 from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
+from hf_sparse.integration.density import Layer, layer_of
 from hf_sparse.integration.entry import Entry, make_entry, read_entry
-from hf_sparse.integration.layers import (
-    check_entry,
-    is_causal,
-    num_heads_of,
-    projections,
-    self_attention_modules,
-)
+from hf_sparse.integration.layers import check_entry, projections, self_attention_modules
 from hf_sparse.integration.nodes import Nodes
 from hf_sparse.integration.positions import limits
 from hf_sparse.integration.sparsify import sparse_config
 from hf_sparse.integration.support import FAMILIES, Family, check_obeys
 from hf_sparse.integration.vision import image_pixels, vision_family_of
-from hf_sparse.integration.windows import window_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.projections import GlobalProjections
@@ -36,25 +30,6 @@ from hf_sparse.patterns.routing import Centroids
 
 # transformers reads these from config.json too, and they would take our attention's place
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A self-attention layer.
-
-    Attributes:
-        stack: "encoder" or "decoder" in a model that has both, else "".
-        index: of the layer in its stack.
-        heads: query heads.
-        is_causal: whether a query reads only what comes before.
-        window: the layer's own sliding window, in tokens; None where it has none.
-    """
-
-    stack: str
-    index: int
-    heads: int
-    is_causal: bool
-    window: int | None
 
 
 @dataclass(frozen=True)
@@ -209,7 +184,7 @@ def plan_target(
         dense_config=dense_config,
         config=config,
         entry=entry,
-        layers=tuple(_layer(stack, index, module, config) for stack, index, _, module in modules),
+        layers=tuple(layer_of(stack, index, module, config) for stack, index, _, module in modules),
         length_before=family.length(dense_config),
         length=length,
         copies=_copies(model),
@@ -231,11 +206,6 @@ def plan_target(
         renamings=renamings_of(dense),
         tied=frozenset(dense.all_tied_weights_keys),
     )
-
-
-def _layer(stack: str, index: int, module: nn.Module, config: PreTrainedConfig) -> Layer:
-    window = window_of(config, index) if is_causal(module) else None
-    return Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module), window)
 
 
 def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -25,6 +25,37 @@ _MOST_PATCHES = 4500
 _PADDING = 0
 
 
+def compare(source: Path, destination: Path, target: Target, *, wanted: bool) -> dict[str, Any]:
+    """Return what is reported of the comparison, by field of the report.
+
+    Args:
+        source: folder of the dense checkpoint.
+        destination: folder of the sparse one.
+        target: what was converted.
+        wanted: whether to compare at all.
+
+    Raises:
+        UnfinishedConversionError: if the two differ by more than rounding.
+    """
+    if not wanted:
+        said = {"wide_open_difference": None, "wide_open_note": "not compared: verify was off"}
+        return {**said, "wide_open_bytes": None}
+    before = _held_bytes("VmRSS")
+    difference, note = wide_open_difference(source, destination, target)
+    peak = _held_bytes("VmHWM")
+    held = None if difference is None or before is None or peak is None else max(peak - before, 0)
+    return {"wide_open_difference": difference, "wide_open_note": note, "wide_open_bytes": held}
+
+
+def _held_bytes(field: str) -> int | None:
+    """Return how much memory this process holds (VmRSS) or held at most so far (VmHWM); None where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    lines = status.read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
 def wide_open_difference(source: Path, destination: Path, target: Target) -> tuple[float | None, str]:
     """Compare the source with the destination, whose patterns are opened wide for it.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.conversion.names import Spelling
+from hf_sparse.conversion.pickles import PICKLE_INDEX
 from hf_sparse.conversion.report import Count
-from hf_sparse.conversion.shards import Piece, StoredTensor, header_of
+from hf_sparse.conversion.shards import Piece, StoredTensor, cut, header_of
 from hf_sparse.conversion.source import INDEX, Checkpoint
 from hf_sparse.conversion.target import Target
 from hf_sparse.errors import ConversionError
@@ -98,7 +99,7 @@ def plan_weights(
                 added += _fresh(tensor, target, spelling)
             made["added"] += [prod(piece.shape) for piece in added]
             pieces += added
-        shards.append(PlannedShard(shard.path.name, pieces, shard.metadata))
+        shards.append(PlannedShard(_name_of(shard.path.name), pieces, shard.metadata))
     counts = {kind: Count(len(numbers), sum(numbers)) for kind, numbers in made.items()}
     return PlannedWeights(shards, _index(checkpoint, shards), **counts)
 
@@ -160,7 +161,7 @@ def _centroids(tensor: StoredTensor, target: Target, spelling: Spelling, held: M
 
 
 def _bytes_of(held: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Iterator[bytes]:
-    yield held[name].to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    yield from cut(held[name].to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _zeros(size: int) -> Iterator[bytes]:
@@ -178,7 +179,7 @@ def _lengthen(tensor: StoredTensor, checkpoint: Checkpoint, target: Target) -> P
         # of text as bytes, so that every type is moved and none is rounded
         held = held.view(tensor.shape[0], -1) if is_text else held.view(_DTYPES[tensor.dtype]).view(tensor.shape)
         table = longer_table(held, target.dense_config, target.config)
-        yield table.contiguous().view(torch.uint8).numpy().tobytes()
+        yield from cut(table.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return Piece(tensor.name, tensor.dtype, shape, size, chunks)
 
@@ -194,7 +195,13 @@ def _index(checkpoint: Checkpoint, shards: list[PlannedShard]) -> dict[str, Any]
     return {**checkpoint.index, "metadata": metadata, "weight_map": weight_map}
 
 
+def _name_of(shard: str) -> str:
+    """Return what a file of the destination is called: as the source's, but for pickles, whose place safetensors take."""
+    return shard.replace("pytorch_model", "model").replace(".bin", ".safetensors") if shard.endswith(".bin") else shard
+
+
 def weight_files(checkpoint: Checkpoint) -> set[Path]:
     """Return the files of the source that hold its weights, with their index."""
     files = {shard.path for shard in checkpoint.shards}
-    return files if checkpoint.index is None else files | {checkpoint.folder / INDEX}
+    index = PICKLE_INDEX if checkpoint.is_pickled else INDEX
+    return files if checkpoint.index is None else files | {checkpoint.folder / index}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse.attention import sparse_attention
 from hf_sparse.choice import explain
-from hf_sparse.errors import ConversionError, HfSparseError, UnsupportedModelError
+from hf_sparse.errors import ConversionError, HfSparseError, PushError, UnsupportedModelError
 from hf_sparse.integration.auto import register_configs
 from hf_sparse.integration.calibrate import calibrate_
 from hf_sparse.integration.imitate import imitate_
@@ -37,16 +37,20 @@ def convert(
     calibrate: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    allow_pickle: bool = False,
+    remote_code: bool = False,
+    push_to: str | None = None,
+    private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "ConversionReport":
     """Convert a dense checkpoint into a sparse one that the Auto classes load.
 
-    The weights are written shard by shard into a folder beside the destination, which takes its place at the end: whatever
-    is raised, Ctrl-C included, leaves nothing at the destination, and with ``overwrite`` leaves what was there. A killed
-    process (``kill -9``; ``kill`` too, outside of the command line) may leave a folder ``<destination>.partial-...`` beside
-    it. All faults of the input are found before the first byte is written.
+    The weights are written tensor by tensor into the folder ``<destination>.partial``, which takes the destination's place at
+    the end: whatever is raised, Ctrl-C included, leaves nothing at the destination, and with ``overwrite`` what was there.
+    After a kill (SIGTERM or SIGKILL) that folder stays, and the same call goes on with it: weights files that are whole are
+    not written again. All faults of the input are found before the first byte is written.
 
     Args:
         source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
@@ -65,7 +69,15 @@ def convert(
             centroids are moved to where the source's queries and keys are on it, by five steps of ``calibrate_``, and
             saved with the weights. None leaves them at random directions.
         overwrite: whether a destination that is not empty is replaced, all of it.
-        verify: whether the result, its patterns wide open, is compared with the source.
+        verify: whether the result, its patterns wide open, is compared with the source: both are loaded in float32, one after
+            the other, so it takes about four bytes for each parameter; writing takes less than the largest weights file.
+        allow_pickle: whether weights that are there only as ``pytorch_model.bin`` are read. Nothing but tensors is unpickled;
+            the destination has safetensors.
+        remote_code: whether a few lines of code come along, with which ``trust_remote_code=True`` loads the checkpoint where
+            hf_sparse is installed and not imported.
+        push_to: id of a model on the Hub ("user/name") that the destination is pushed to in the end, with a card and a
+            picture of the pattern. The same call pushes anew what could not be pushed.
+        private: whether a new model there is for its owner alone; None takes the Hub's default.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; None takes the one that was logged in with.
         progress: called with the bytes written and the bytes in all; None draws a bar in a terminal once the work has
@@ -77,6 +89,7 @@ def convert(
     Raises:
         ConversionError: if the source cannot be read, the destination cannot be written or the two do not agree; if the
             text to calibrate on is missing, empty or not UTF-8, or there is nothing to calibrate.
+        PushError: if the destination, which is whole, could not be pushed.
         UnsupportedModelError: if the model type cannot be converted; says why.
         ValueError: if the pattern, a layer, ``max_length``, ``image_size`` or ``positions`` does not fit the checkpoint.
     """
@@ -93,6 +106,10 @@ def convert(
         calibrate=calibrate,
         overwrite=overwrite,
         verify=verify,
+        allow_pickle=allow_pickle,
+        remote_code=remote_code,
+        push_to=push_to,
+        private=private,
         revision=revision,
         token=token,
         progress=progress,
@@ -113,6 +130,7 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "HfSparseError",
+    "PushError",
     "UnsupportedModelError",
     "by_head",
     "calibrate_",

@@ -17,6 +17,10 @@ class UnfinishedConversionError(ConversionError):
     """A conversion that failed after it had begun: a full disk, a result that does not agree with its source."""
 
 
+class PushError(HfSparseError, RuntimeError):
+    """A push to the Hub that failed; what was to be pushed is where it was."""
+
+
 class RecipeError(HfSparseError, ValueError):
     """A recipe that cannot be run as it was asked for; nothing was trained."""
 

@@ -172,6 +172,8 @@ BAD_USE: list[tuple[tuple[str, ...], str]] = [
     (("convert", "{source}", "{source}", "-p", "band"), "lies in the source"),
     (("convert", "{source}", "{made}", "-p", "band", "--layer", "9=dense"), "unknown layer '9'; known: 0, 1"),
     (("convert", "{source}", "{made}", "-p", "band", "--layer", "dense"), "--layer takes LAYER=PATTERN or LAYER=dense"),
+    (("convert", "{source}", "{made}", "-p", "band", "--private"), "private is for what is pushed, and nothing is"),
+    (("convert", "{source}", "{made}", "-p", "band", "--push-to", "mine"), "such as 'user/name'; got 'mine'"),
     (
         ("convert", "{source}", "{made}", "-p", "band", "--max-length", "8"),
         "max_length 8 is shorter than the 128 tokens",
@@ -206,18 +208,25 @@ def test_a_failure_on_the_way_exits_with_1(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_cleans_up_first(
+@pytest.mark.parametrize(
+    ("number", "code", "left"), [(signal.SIGTERM, 143, ["dense", "sparse.partial"]), (signal.SIGINT, 130, ["dense"])]
+)
+def test_ctrl_c_cleans_up_first_and_what_a_kill_leaves_is_gone_on_with(
     hf_sparse_command: Command,
     source: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     code: int,
+    left: list[str],
 ) -> None:
-    monkeypatch.setattr(shards, "write_bytes", lambda *_: signal.raise_signal(number))
-    assert hf_sparse_command("convert", source, str(tmp_path / "sparse"), "-p", "band")[0] == code
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    arguments = ("convert", source, str(tmp_path / "sparse"), "-p", "band")
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write_bytes", lambda *_: signal.raise_signal(number))
+        assert hf_sparse_command(*arguments)[0] == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert hf_sparse_command(*arguments, "--no-verify")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
 
 
 @pytest.mark.parametrize("command", ["patterns", "show", "convert", "demo", "bench"])

@@ -4,7 +4,8 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from hf_sparse.integration.global_defaults import default_global_mask
 from hf_sparse.integration.layers import attach, self_attention_modules, start_states, tag_of
 from hf_sparse.integration.nodes import add_nodes, reset_nodes
 from hf_sparse.integration.positions import lengthen_, limits
+from hf_sparse.integration.pushing import push_model
 from hf_sparse.integration.register import NAME
+from hf_sparse.integration.remote_code import auto_map_of, write_code
 from hf_sparse.integration.support import FAMILIES
 
 # what sparse attention takes beside a model's own inputs, all [batch, tokens]; and what else to do where it cannot be passed on
@@ -46,6 +49,19 @@ class SparseConfigMixin:
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or NAME
         super().__post_init__(**kwargs)  # type: ignore[misc]
         register_models(type(self))  # type: ignore[arg-type]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: the class is registered, and its code is not to be copied into checkpoints."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as any config; one that came with code (``trust_remote_code``) brings it along."""
+        has_code = bool(getattr(self, "auto_map", None))
+        if has_code:
+            self.auto_map = auto_map_of(type(self))
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if has_code:
+            write_code(Path(save_directory), type(self))
 
 
 class SparseModelMixin:
@@ -73,6 +89,37 @@ class SparseModelMixin:
             return given["attention_mask"]
         make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
         return make(**given)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] = (),
+    ) -> Any:
+        """Push as any model, with a card that says who reads whom and how to load it, and a picture of that.
+
+        Raises:
+            PushError: if the Hub cannot be reached or refuses.
+        """
+        return push_model(
+            self,
+            repo_id,
+            message=commit_message or "Upload model",
+            description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+            tags=[tags] if isinstance(tags, str) else tags,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:

@@ -46,7 +46,7 @@ def sparsify_(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"sparsify_ takes a transformers model, got {type(model).__name__}")
     entry = make_entry(pattern, layers)
-    dense = type(model).__mro__[2] if isinstance(model, SparseModelMixin) else type(model)
+    dense: Any = type(model).__mro__[2] if isinstance(model, SparseModelMixin) else type(model)
     modules = self_attention_modules(model)
     if not isinstance(model, SparseModelMixin):
         if model.config.model_type not in CONFIG_MAPPING:

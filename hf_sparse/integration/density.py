@@ -1,0 +1,59 @@
+"""How much of all pairs of tokens a model reads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_sparse.integration.layers import is_causal, num_heads_of
+from hf_sparse.integration.windows import window_of
+from hf_sparse.patterns import Band, Pattern
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A self-attention layer.
+
+    Attributes:
+        stack: "encoder" or "decoder" in a model that has both, else "".
+        index: of the layer in its stack.
+        heads: query heads.
+        is_causal: whether a query reads only what comes before.
+        window: the layer's own sliding window, in tokens; None where it has none.
+    """
+
+    stack: str
+    index: int
+    heads: int
+    is_causal: bool
+    window: int | None
+
+
+def layer_of(stack: str, index: int, module: nn.Module, config: Any) -> Layer:
+    """Return what is to be known of a self-attention module, named as ``self_attention_modules`` does."""
+    window = window_of(config, index) if is_causal(module) else None
+    return Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module), window)
+
+
+def mean_density(layers: Iterable[tuple[Layer, Pattern | None]], length: int) -> float:
+    """Return the share of pairs that are read, averaged over layers and heads.
+
+    Args:
+        layers: each with its pattern, or None where it stays dense.
+        length: of the sequence, in tokens.
+    """
+    known: dict[tuple[Pattern, int, int, bool], float] = {}
+    shares = []
+    for layer, pattern in layers:
+        if pattern is None and not layer.is_causal:
+            shares.append(1.0)
+            continue
+        if pattern is None:
+            pattern = Band(radius=(layer.window or length) - 1)
+        at = layer.index if pattern.varies_by_layer else 0
+        scope = (pattern, at, layer.heads, layer.is_causal)
+        if scope not in known:
+            known[scope] = pattern.density(length, heads=layer.heads, layer=at, is_causal=layer.is_causal)
+        shares.append(known[scope])
+    return sum(shares) / len(shares)
