@@ -13,9 +13,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from hf_sparse.errors import RecipeError
+from hf_sparse.integration.hub import check_account
 from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import read_splits, some_of
+from hf_sparse.recipes.hub import push_run
 from hf_sparse.recipes.processes import telling_of_lost_processes
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.results import write_results
@@ -35,11 +37,15 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
 
     Raises:
         RecipeError: if the checkpoint, the dataset or the output folder do not fit what is asked for.
+        PushError: if the model of the first seed could not be pushed; it is in its folder.
         ValueError: if an argument is of other tasks alone.
     """
     arguments.check_task(name)
     readers = _readers(name, arguments)
     folder = Path(arguments.output)
+    pushes = arguments.push_to_hub is not None and is_first_process()
+    if pushes:
+        check_account()
     _check_folder(folder, name, arguments)
     columns = TASKS[name].columns(arguments)
     splits = read_splits(arguments, columns)
@@ -76,6 +82,8 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     }
     if is_first_process():
         write_results(folder, results)
+    if pushes:
+        push_run(name, arguments, runs[0])
     return results
 
 

@@ -79,10 +79,10 @@ def train(
     losses = added_losses(model, arguments, tokenizer) if reader.name == "sparse" else []
     if arguments.lora:
         model = add_lora(model, arguments.lora)
-    clock, pushes = StepClock(), bool(arguments.push_to_hub) and reader.name == "sparse" and seed == arguments.seeds[0]
+    clock = StepClock()
     trainer = _with_losses(task.trainer, losses)(
         model=model,
-        args=_training_arguments(task, arguments, seed, folder, pushes=pushes),
+        args=_training_arguments(task, arguments, seed, folder),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
@@ -115,8 +115,6 @@ def train(
     if arguments.lora:
         trainer.model = merge_lora(trainer.model)
     trainer.save_model(str(folder))
-    if pushes:
-        trainer.push_to_hub()
     if trainer.is_world_process_zero():
         (folder / DONE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     return run
@@ -154,7 +152,7 @@ def _with_losses(parent: Any, losses: list[Callable[[Any, dict[str, Any], Tensor
     return WithLosses
 
 
-def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folder: Path, *, pushes: bool) -> Any:
+def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folder: Path) -> Any:
     # transformers 5.23 calls it anew, and 5.20 does not know the new name
     names = "activation_checkpointing", "gradient_checkpointing"
     checkpointing: dict[str, Any] = {
@@ -193,8 +191,6 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
         metric_for_best_model=task.best,
         greater_is_better=task.is_larger_better,
         report_to=["tensorboard"],
-        push_to_hub=pushes,
-        hub_model_id=arguments.push_to_hub if pushes else None,
         # what a collator adds is no column of the dataset
         remove_unused_columns=False,
         label_names=list(task.labels),

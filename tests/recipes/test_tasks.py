@@ -378,22 +378,3 @@ def test_texts_are_read_on_the_way(checkpoints: Path, tmp_path: Path) -> None:
     assert "trained on a stream" in (tmp_path / "run" / "results.md").read_text()
     with pytest.raises(ValueError, match="--streaming needs --max_steps"):
         arguments(checkpoints, dataset, tmp_path / "other", streaming=True)
-
-
-def test_the_model_of_the_first_seed_is_pushed(
-    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pushed: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
-    monkeypatch.setattr(
-        Trainer, "push_to_hub", lambda self, **_: pushed.append((self.args.output_dir, self.args.hub_model_id))
-    )
-    dataset = write(tmp_path / "data", labelled)
-    held = arguments(
-        checkpoints, dataset, tmp_path / "run", push_to_hub="me/reader", seeds=[3, 4], max_steps=1, save_steps=1
-    )
-    finetune("classify", held)
-    assert (str(tmp_path / "run" / "seed-3"), "me/reader") in pushed
-    assert {name for _, name in pushed} == {"me/reader"}
-    assert not any(folder.endswith("seed-4") for folder, _ in pushed)
