@@ -36,7 +36,7 @@ class Job:
         self.destination = destination
         self.folder = destination.with_name(f"{destination.name}.partial")
         self.files = self.folder / "files"
-        self.arguments: dict[str, Any] = json.loads(json.dumps(arguments))
+        self.arguments: dict[str, Any] = json.loads(json.dumps(arguments, default=str))
         self.done: dict[str, str] = {}
         self.result: dict[str, Any] | None = None
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import hf_sparse
-from hf_sparse import ConversionError, UnsupportedModelError
+from hf_sparse import ConversionError, PushError, UnsupportedModelError
 from tests.support.checkpoints import edit_json, tree, write_checkpoint
 from tests.support.models import tiny_config
 
@@ -52,6 +52,18 @@ def test_a_source_that_is_a_file(bert: Path, room: Path) -> None:
 def test_an_id_of_the_hub_that_cannot_be_had_offline(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert_refused("nobody/nothing", room, ConversionError, "nobody/nothing is no local folder", "unset HF_HUB_OFFLINE")
+
+
+def test_a_push_that_cannot_be_made_is_found_first(bert: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_refused(bert, room, PushError, "nothing can be pushed to", "unset", push_to="ada/sparse")
+    assert_refused(bert, room, ValueError, "such as 'user/name'; got 'sparse'", push_to="sparse")
+    assert_refused(bert, room, ValueError, "private is for what is pushed", private=True)
+
+
+def test_a_checkpoint_that_was_converted_with_code_is_sparse_already(bert: Path, room: Path) -> None:
+    hf_sparse.convert(bert, room.parent / "made", BAND, remote_code=True, verify=False)
+    assert_refused(room.parent / "made", room, ConversionError, "is sparse already (model_type 'sparse_bert')")
 
 
 def test_a_revision_of_a_local_folder(bert: Path, room: Path) -> None:

@@ -49,6 +49,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.several_processes
 def test_a_finished_run_is_pushed_and_loads_by_its_id(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "dense", "Bert", "ForMaskedLM")
