@@ -122,6 +122,9 @@ class Job:
                     raise ConversionError(
                         f"another conversion is writing {self.folder}; wait for it, or choose another destination"
                     ) from error
+                except OSError:
+                    # a file system without locks
+                    pass
             yield
 
     def _restore(self) -> None:

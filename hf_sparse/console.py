@@ -24,7 +24,8 @@ def run(app: typer.Typer, prog_name: str, args: Sequence[str] | None = None) -> 
     """Run an app and leave the process.
 
     Exit codes: 0; 2 where the call or what it names is at fault, 1 where something failed on the way, both with one line
-    on stderr that says what to do; 130 after Ctrl-C, 143 after SIGTERM, which both clean up first.
+    on stderr that says what to do; 130 after Ctrl-C, which cleans up first; 143 after SIGTERM, after which a conversion can be
+    gone on with.
     """
     signal.signal(signal.SIGTERM, _stop)
     try:

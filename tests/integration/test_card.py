@@ -1,14 +1,19 @@
 """The README of a sparse model: front matter that stays true, who reads whom, and a place for fidelity."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse.integration import card as module
 from hf_sparse.integration.card import PICTURE, Card, draw
 from hf_sparse.integration.entry import make_entry
+from hf_sparse.integration.pushing import model_card
+from tests.support.decoders import tiny_decoder
+from tests.support.models import tiny_vision_model
 
 BAND = hf_sparse.pattern("band", radius=2)
 
@@ -105,3 +110,36 @@ def test_heads_that_differ_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_pattern_that_looks_at_the_content_has_no_picture(tmp_path: Path) -> None:
     assert draw(tmp_path, make_entry(hf_sparse.pattern("routing")), length=8, heads=2, is_causal=False) == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def edges(n: int, *, is_causal: bool) -> int:
+    """Return how many pairs at most 2 apart n tokens have, counted one by one."""
+    return sum(k <= q or not is_causal for q in range(n) for k in range(n) if abs(q - k) <= 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "density"),
+    [
+        (lambda: tiny_decoder("Llama"), "Llama", edges(64, is_causal=True) / 64**2),
+        # the mean of both stacks
+        (
+            lambda: tiny_decoder("Bart", "ForConditionalGeneration"),
+            "Bart",
+            (edges(64, is_causal=True) + edges(64, is_causal=False)) / 2 / 64**2,
+        ),
+        (lambda: tiny_vision_model("ViT"), "ViT", edges(17, is_causal=False) / 17**2),
+    ],
+    ids=["Llama", "Bart", "ViT"],
+)
+def test_models_of_every_kind_have_a_card(
+    make: Callable[[], PreTrainedModel], name: str, density: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    sparse = hf_sparse.sparsify_(make(), BAND)
+    text = model_card(sparse, tmp_path, place="ada/model", tags=["mine"]).text()
+    assert f"This `{type(sparse).__name__}` is a `{name.lower()}` model with sparse attention" in text
+    length = 17 if name == "ViT" else 64
+    assert f"It reads up to {length} tokens, and of all pairs of tokens at that length {density:.2%}." in text
+    assert front(text) == {"library_name": "hf_sparse", "tags": ["sparse-attention", "band", "mine"]}
+    assert 'AutoModel.from_pretrained("ada/model")' in text
+    assert "```text" in text
