@@ -26,7 +26,7 @@ from hf_sparse.conversion.target import Target, plan_target
 from hf_sparse.conversion.verify import compare
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
 from hf_sparse.errors import PushError
-from hf_sparse.integration.card import PICTURE, Card, draw
+from hf_sparse.integration.card import Card, draw
 from hf_sparse.integration.density import mean_density
 from hf_sparse.integration.hub import check_account, push_folder
 from hf_sparse.integration.remote_code import auto_map_of, write_code
@@ -90,12 +90,11 @@ def convert(
                 _write(job, checkpoint, target, weights, companions, count, loads_by_code=remote_code)
             _write_readme(job.files, card, checkpoint)
             compared = compare(checkpoint.folder, job.files / checkpoint.inner, target, wanted=verify)
-            job.finish({**compared, "checksums": _checksums(job)})
+            job.finish(compared)
         job.put_in_place(overwrite=overwrite)
-        made: dict[str, Any] = job.result or {}
         pushed = None
         if push_to is not None:
-            made["checksums"] |= _dress(wanted, card, checkpoint, target, push_to)
+            _dress(wanted, card, checkpoint, target, push_to)
             pushed = _push(wanted, checkpoint, push_to, private, token)
     entry = target.entry.to_dict()
     return ConversionReport(
@@ -117,7 +116,8 @@ def convert(
         files_left_behind=companions.left_behind,
         files_resumed=resumed,
         density=density,
-        **made,
+        **(job.result or {}),
+        checksums=_checksums(wanted, job.done),
         rotary=target.rotary,
         calibration=None if calibration is None else calibration.note,
         pushed_to=pushed,
@@ -201,18 +201,17 @@ def _write_readme(folder: Path, card: Card, checkpoint: Checkpoint) -> None:
     (folder / _README).write_text(card.text(held), encoding="utf-8")
 
 
-def _checksums(job: Job) -> dict[str, str]:
-    """Return the SHA-256 of every file."""
-    paths = sorted(path.relative_to(job.files).as_posix() for path in job.files.rglob("*") if path.is_file())
-    return {path: job.done.get(path) or sha256_of(job.files / path) for path in paths}
+def _checksums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the SHA-256 of every file of the destination, by path; those that are known are not read again."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {path: known.get(path) or sha256_of(folder / path) for path in paths}
 
 
-def _dress(folder: Path, card: Card, checkpoint: Checkpoint, target: Target, push_to: str) -> dict[str, str]:
-    """Give a destination the README and the picture that it is pushed with, and return their SHA-256."""
+def _dress(folder: Path, card: Card, checkpoint: Checkpoint, target: Target, push_to: str) -> None:
+    """Give a destination the README and the picture that it is pushed with."""
     layer = target.layers[0]
     picture = draw(folder, target.entry, length=target.length, heads=layer.heads, is_causal=layer.is_causal)
     _write_readme(folder, dataclasses.replace(card, place=push_to, picture=picture), checkpoint)
-    return {name: sha256_of(folder / name) for name in (_README, PICTURE) if (folder / name).is_file()}
 
 
 def _push(folder: Path, checkpoint: Checkpoint, push_to: str, private: bool | None, token: str | bool | None) -> str:

@@ -1,17 +1,19 @@
 """A conversion that is killed leaves nothing at the destination, and the same call goes on with what it had written."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import hf_sparse
-from hf_sparse.errors import ConversionError
+from hf_sparse.errors import ConversionError, PushError
 from tests.support.checkpoints import tree, write_checkpoint, write_tokenizer
 
 BAND = hf_sparse.pattern("band", radius=8)
@@ -167,3 +169,44 @@ def test_checksums_are_those_of_the_files(source: Path, tmp_path: Path) -> None:
     lines = subprocess.run(program, cwd=tmp_path / "sparse", capture_output=True, text=True, check=True).stdout
     assert dict(reversed(line.split("  ", 1)) for line in lines.splitlines()) == report.checksums
     assert report.checksums.keys() == tree(tmp_path / "sparse").keys()
+
+
+def test_a_push_that_failed_is_repeated_alone_or_left_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = sys.modules["hf_sparse.conversion.convert"]
+    made, answers = tmp_path / "sparse", [PushError("down"), PushError("down"), None]
+
+    def push(folder: Path, repository: str, **_: Any) -> Any:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        return SimpleNamespace(commit_url=f"hub/{repository}")
+
+    monkeypatch.setattr(module, "check_account", lambda token: None)
+    monkeypatch.setattr(module, "push_folder", push)
+
+    def convert(**options: Any) -> hf_sparse.ConversionReport:
+        return hf_sparse.convert(source, made, BAND, **options)
+
+    with pytest.raises(
+        PushError, match=r"down; .*sparse is whole, and the same call pushes it without converting again"
+    ):
+        convert(push_to="ada/a")
+    before = tree(made)
+    # without a push there is nothing left to do
+    assert convert().checksums.keys() == tree(made).keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["sparse"]
+    with pytest.raises(ConversionError, match="exists and is not empty"):
+        convert()
+    with pytest.raises(PushError, match="down"):
+        convert(push_to="ada/a", overwrite=True)
+    times = {path: path.stat().st_mtime_ns for path in made.glob("model*")}
+    report = convert(push_to="ada/b", overwrite=True)
+    assert report.pushed_to == "hub/ada/b"
+    assert report.wide_open_difference is not None
+    assert {path: path.stat().st_mtime_ns for path in made.glob("model*")} == times
+    assert 'from_pretrained("ada/b")' in (made / "README.md").read_text()
+    assert before.keys() == tree(made).keys()
+    assert report.checksums == {name: hashlib.sha256(held).hexdigest() for name, held in tree(made).items()}
+    assert answers == []
