@@ -41,7 +41,8 @@ def conversion_card(
     said = [
         f"This checkpoint was converted with `hf_sparse` from the dense `{target.architectures[0]}` of `{name}`, and not "
         "trained since.",
-        f"It reads {after}, where the dense one reads {before}, and of all pairs of tokens at that length {density:.2%}.",
+        f"It reads {after}, where the dense one reads {before}.",
+        f"Of all pairs of tokens at that length it reads {density:.2%}.",
     ]
     if is_calibrated:
         said.append("Its centroids were moved to the queries and keys that it has on a text.")

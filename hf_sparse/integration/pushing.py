@@ -64,7 +64,7 @@ def model_card(model: Any, folder: Path, *, place: str, tags: Sequence[str] = ()
     length = _length_of(config)
     if length is not None:
         density = mean_density(((layer, tag.pattern) for layer, tag in found if tag is not None), length)
-        said += f"\nIt reads up to {length:,} tokens, and of all pairs of tokens at that length {density:.2%}."
+        said += f"\nIt reads up to {length:,} tokens, and of all pairs at that length {density:.2%}."
     first, origin = found[0][0], config._name_or_path
     return Card(
         entry=entry,

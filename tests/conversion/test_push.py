@@ -169,8 +169,8 @@ def test_the_card_says_what_it_is(pushed: Pushed) -> None:
         "tags": ["tiny", "sparse-attention", "longformer", "sentence-transformers"],
     }
     assert "# Tiny" in text
-    assert "It reads up to 300 tokens, where the dense one reads 128, and of all pairs" in text
-    assert f"{pushed.said['one']['density']:.2%}" in text
+    assert "It reads up to 300 tokens, where the dense one reads 128." in text
+    assert f"Of all pairs of tokens at that length it reads {pushed.said['one']['density']:.2%}." in text
     assert "](sparse_attention.png)" in text
     assert files["sparse_attention.png"].startswith(b"\x89PNG")
     assert "import hf_sparse" in text

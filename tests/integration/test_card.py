@@ -139,7 +139,7 @@ def test_models_of_every_kind_have_a_card(
     text = model_card(sparse, tmp_path, place="ada/model", tags=["mine"]).text()
     assert f"This `{type(sparse).__name__}` is a `{name.lower()}` model with sparse attention" in text
     length = 17 if name == "ViT" else 64
-    assert f"It reads up to {length} tokens, and of all pairs of tokens at that length {density:.2%}." in text
+    assert f"It reads up to {length} tokens, and of all pairs at that length {density:.2%}." in text
     assert front(text) == {"library_name": "hf_sparse", "tags": ["sparse-attention", "band", "mine"]}
     assert 'AutoModel.from_pretrained("ada/model")' in text
     assert "```text" in text
