@@ -25,7 +25,7 @@ from hf_sparse.conversion.source import INDEX, Checkpoint, open_checkpoint
 from hf_sparse.conversion.target import Target, plan_target
 from hf_sparse.conversion.verify import compare
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
-from hf_sparse.errors import PushError
+from hf_sparse.errors import ConversionError, PushError
 from hf_sparse.integration.card import Card, draw
 from hf_sparse.integration.density import mean_density
 from hf_sparse.integration.hub import check_account, push_folder
@@ -72,6 +72,7 @@ def convert(
     weights = plan_weights(checkpoint, target, None if calibration is None else centroids)
     companions = plan_companions(checkpoint, target, raises_limits=(max_length, image_size) != (None, None))
     size = sum(shard.size for shard in weights.shards) + companions.size
+    readme = _readme(checkpoint)
     density = mean_density(
         ((layer, target.entry.pattern_of(layer.stack, layer.index)) for layer in target.layers), target.length
     )
@@ -88,13 +89,14 @@ def convert(
         if job.result is None:
             with counting(size, progress) as count:
                 _write(job, checkpoint, target, weights, companions, count, loads_by_code=remote_code)
-            _write_readme(job.files, card, checkpoint)
+            (job.files / _README).write_text(card.text(readme), encoding="utf-8")
             compared = compare(checkpoint.folder, job.files / checkpoint.inner, target, wanted=verify)
             job.finish(compared)
         job.put_in_place(overwrite=overwrite)
         pushed = None
         if push_to is not None:
-            _dress(wanted, card, checkpoint, target, push_to)
+            dressed = _dressed(wanted, card, target, push_to)
+            (wanted / _README).write_text(dressed.text(readme), encoding="utf-8")
             pushed = _push(wanted, checkpoint, push_to, private, token)
     entry = target.entry.to_dict()
     return ConversionReport(
@@ -195,10 +197,13 @@ def _write(
         (folder / companion).write_text(text, encoding="utf-8")
 
 
-def _write_readme(folder: Path, card: Card, checkpoint: Checkpoint) -> None:
-    source = checkpoint.root / _README
-    held = source.read_text(encoding="utf-8") if source.is_file() else None
-    (folder / _README).write_text(card.text(held), encoding="utf-8")
+def _readme(checkpoint: Checkpoint) -> str | None:
+    """Return the source's README, None where there is none."""
+    path = checkpoint.root / _README
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
 
 
 def _checksums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
@@ -207,11 +212,11 @@ def _checksums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     return {path: known.get(path) or sha256_of(folder / path) for path in paths}
 
 
-def _dress(folder: Path, card: Card, checkpoint: Checkpoint, target: Target, push_to: str) -> None:
-    """Give a destination the README and the picture that it is pushed with."""
+def _dressed(folder: Path, card: Card, target: Target, push_to: str) -> Card:
+    """Return the card that a destination is pushed with, whose picture is drawn into the folder."""
     layer = target.layers[0]
     picture = draw(folder, target.entry, length=target.length, heads=layer.heads, is_causal=layer.is_causal)
-    _write_readme(folder, dataclasses.replace(card, place=push_to, picture=picture), checkpoint)
+    return dataclasses.replace(card, place=push_to, picture=picture)
 
 
 def _push(folder: Path, checkpoint: Checkpoint, push_to: str, private: bool | None, token: str | bool | None) -> str:

@@ -98,7 +98,9 @@ class Job:
                 self._restore()
                 yield
             except BaseException as error:
-                if not isinstance(error, SystemExit) and not self.is_in_place:
+                if self.is_in_place:
+                    raise
+                if not isinstance(error, SystemExit):
                     shutil.rmtree(self.folder, ignore_errors=True)
                 if isinstance(error, OSError):
                     raise UnfinishedConversionError(_explain(error, self.destination)) from error
@@ -167,11 +169,12 @@ class Job:
             # rename takes the place of an empty folder, and of no other
             os.rename(self.files, self.destination)
             return
-        os.rename(self.destination, aside)
         try:
+            os.rename(self.destination, aside)
             os.rename(self.files, self.destination)
         except BaseException:
-            os.rename(aside, self.destination)
+            if aside.exists() and not self.destination.exists():
+                os.rename(aside, self.destination)
             raise
 
 

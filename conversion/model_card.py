@@ -1,12 +1,11 @@
 """What the README of a converted checkpoint says about its conversion."""
 
 import json
-from pathlib import Path
 
 from hf_sparse.conversion.report import inputs_in_words
 from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.conversion.target import Target
-from hf_sparse.integration.card import SOMEWHERE, Card, draw
+from hf_sparse.integration.card import Card
 
 
 def conversion_card(
@@ -15,8 +14,6 @@ def conversion_card(
     *,
     density: float,
     is_calibrated: bool = False,
-    push_to: str | None = None,
-    picture_folder: Path | None = None,
     fidelity: str = "",
     loads_by_code: bool = False,
 ) -> Card:
@@ -27,8 +24,6 @@ def conversion_card(
         target: what it became.
         density: pairs read, over all pairs, at the longest input.
         is_calibrated: whether its centroids were moved on a text.
-        push_to: id on the Hub that it goes to; None where it stays.
-        picture_folder: of the README, gets a picture; None draws none.
         fidelity: a table in Markdown of how near it stays to the source; "" for none.
         loads_by_code: whether it brings the code that registers its type.
     """
@@ -48,17 +43,11 @@ def conversion_card(
         said.append("Its centroids were moved to the queries and keys that it has on a text.")
     if target.rotary:
         said.append(f"Its rotary positions are `{json.dumps(target.rotary)}`.")
-    picture = ""
-    if picture_folder is not None:
-        layer = target.layers[0]
-        picture = draw(picture_folder, target.entry, length=target.length, heads=layer.heads, is_causal=layer.is_causal)
     return Card(
         entry=target.entry,
         origin="\n".join(said),
-        place=push_to or SOMEWHERE,
         subfolder=checkpoint.inner,
         base_model=checkpoint.name.partition("@")[0] if checkpoint.is_from_hub else None,
-        picture=picture,
         fidelity=fidelity,
         loads_by_code=loads_by_code,
     )

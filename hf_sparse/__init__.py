@@ -69,8 +69,8 @@ def convert(
             centroids are moved to where the source's queries and keys are on it, by five steps of ``calibrate_``, and
             saved with the weights. None leaves them at random directions.
         overwrite: whether a destination that is not empty is replaced, all of it.
-        verify: whether the result, its patterns wide open, is compared with the source: both are loaded in float32, one after
-            the other, so it takes about four bytes for each parameter; writing takes less than the largest weights file.
+        verify: whether the result, its patterns wide open, is compared with the source. Both are loaded in float32, one after
+            the other, and the report says what that held in memory; writing holds less than two of the largest weights file.
         allow_pickle: whether weights that are there only as ``pytorch_model.bin`` are read. Nothing but tensors is unpickled;
             the destination has safetensors.
         remote_code: whether a few lines of code come along, with which ``trust_remote_code=True`` loads the checkpoint where

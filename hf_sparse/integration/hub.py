@@ -9,7 +9,11 @@ from huggingface_hub import CommitInfo, HfApi, constants
 from hf_sparse.errors import PushError
 
 # weights of an earlier push under other names, which would be loaded in the place of the new ones
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = tuple(
+    name
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin"))
+    for name in (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json")
+)
 
 
 def check_account(token: str | bool | None = None) -> None:

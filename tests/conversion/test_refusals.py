@@ -54,6 +54,11 @@ def test_an_id_of_the_hub_that_cannot_be_had_offline(room: Path, monkeypatch: py
     assert_refused("nobody/nothing", room, ConversionError, "nobody/nothing is no local folder", "unset HF_HUB_OFFLINE")
 
 
+def test_a_readme_that_is_no_text(bert: Path, room: Path) -> None:
+    (bert / "README.md").write_bytes(b"\xff")
+    assert_refused(bert, room, ConversionError, "README.md is not UTF-8 text", "save it as UTF-8")
+
+
 def test_a_push_that_cannot_be_made_is_found_first(bert: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert_refused(bert, room, PushError, "nothing can be pushed to", "unset", push_to="ada/sparse")
