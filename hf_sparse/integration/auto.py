@@ -90,6 +90,15 @@ class SparseModelMixin:
         make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
         return make(**given)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save as any model; with ``push_to_hub`` it is pushed as :meth:`push_to_hub` does, with the same card."""
+        names = ("repo_id", "commit_message", "create_pr", "private") if push_to_hub else ()
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if push_to_hub:
+            given |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(given.pop("repo_id", Path(save_directory).name), **given)
+
     def push_to_hub(
         self,
         repo_id: str,

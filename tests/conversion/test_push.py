@@ -86,6 +86,7 @@ model = AutoModelForMaskedLM.from_pretrained(f"{{room}}/one")
 attempt("in shards", lambda: model.push_to_hub("ada/own", max_shard_size="60KB", tags="mine").oid)
 attempt("whole", lambda: model.push_to_hub("ada/own", commit_message="Again").oid)
 attempt("own by its id", lambda: torch.equal(logits("ada/own"), logits(f"{{room}}/one")))
+attempt("while saved", lambda: model.save_pretrained(f"{{room}}/kept", push_to_hub=True, repo_id="ada/kept"))
 attempt("no account", lambda: convert("never", token=wrong))
 attempt("no account of a model", lambda: model.push_to_hub("ada/never", token=wrong).oid)
 attempt("no such source", lambda: hf_sparse.convert("ada/none", f"{{room}}/none", longformer, token=wrong))
@@ -194,6 +195,15 @@ def test_a_model_is_pushed_with_its_card_and_without_earlier_weights(pushed: Pus
     want = load((pushed.room / "one/model.safetensors").read_bytes())
     assert held.keys() <= want.keys()
     assert all(torch.equal(tensor, want[name]) for name, tensor in held.items())
+
+
+@pytest.mark.several_processes
+def test_a_model_that_is_pushed_while_it_is_saved_has_the_same_card(pushed: Pushed) -> None:
+    assert pushed.said["while saved"] is None
+    files = pushed.hub.models["ada/kept"].files
+    assert 'AutoModel.from_pretrained("ada/kept")' in files.pop("README.md").decode()
+    assert files.pop("sparse_attention.png")
+    assert files == tree(pushed.room / "kept")
 
 
 @pytest.mark.several_processes
