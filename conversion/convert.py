@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sparse.conversion import shards
 from hf_sparse.conversion.calibration import calibrated, plan_calibration
 from hf_sparse.conversion.companions import Companions, plan_companions
+from hf_sparse.conversion.density import mean_density
 from hf_sparse.conversion.destination import check_destination, check_space, partial_folder
 from hf_sparse.conversion.model_card import card
 from hf_sparse.conversion.progress import counting
@@ -21,7 +22,7 @@ from hf_sparse.conversion.source import INDEX, Checkpoint, open_checkpoint
 from hf_sparse.conversion.target import Target, plan_target
 from hf_sparse.conversion.verify import wide_open_difference
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
-from hf_sparse.patterns import Band, Pattern
+from hf_sparse.patterns import Pattern
 
 _README = PurePosixPath("README.md")
 
@@ -53,7 +54,7 @@ def convert(
     weights = plan_weights(checkpoint, target, None if calibration is None else centroids)
     companions = plan_companions(checkpoint, target, raises_limits=(max_length, image_size) != (None, None))
     size = sum(shard.size for shard in weights.shards) + companions.size
-    density = _density(target)
+    density = mean_density(target, target.length)
     check_space(wanted, size)
     if calibration is not None:
         # before anything is written, and after all that can be refused
@@ -130,23 +131,3 @@ def _public_name(checkpoint: Checkpoint) -> str:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _density(target: Target) -> float:
-    """Return the share of pairs that are read at the destination's length, averaged over layers and heads."""
-    length = target.length
-    known: dict[tuple[Pattern, int, int, bool], float] = {}
-    shares = []
-    for layer in target.layers:
-        pattern = target.entry.pattern_of(layer.stack, layer.index)
-        if pattern is None and not layer.is_causal:
-            shares.append(1.0)
-            continue
-        if pattern is None:
-            pattern = Band(radius=(layer.window or length) - 1)
-        at = layer.index if pattern.varies_by_layer else 0
-        scope = (pattern, at, layer.heads, layer.is_causal)
-        if scope not in known:
-            known[scope] = pattern.density(length, heads=layer.heads, layer=at, is_causal=layer.is_causal)
-        shares.append(known[scope])
-    return sum(shares) / len(shares)
