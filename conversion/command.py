@@ -74,9 +74,9 @@ def convert_command(
       hf-sparse convert roberta-base roberta-4096 --pattern auto --density 0.1 --texts notes.txt --max-length 4096
     """
     from hf_sparse.conversion.convert import convert
-    from hf_sparse.conversion.fidelity import inspect_fidelity
+    from hf_sparse.conversion.fidelity import plan_inspection
     from hf_sparse.conversion.layer_plan import LayerPlan
-    from hf_sparse.conversion.reading import open_reading, plan_layers
+    from hf_sparse.conversion.reading import open_reading, plan_on
 
     is_auto = pattern.strip() == AUTO
     budget = check_auto(is_auto, density)
@@ -84,50 +84,39 @@ def convert_command(
         raise ValueError("--pattern auto needs --texts FILE, to choose on")
     if is_auto and (settings or layers):
         raise ValueError("--pattern auto chooses the pattern of each layer itself; leave --set and --layer out")
+    named: Mapping[int | str, Pattern | str] = dict(_read_layer(text) for text in layers or ())
+    reading = None if texts is None else open_reading(source, texts, max_length=max_length, revision=revision)
     chosen: Pattern | LayerPlan
-    if is_auto:
-        chosen = plan_layers(source, str(texts), budget, max_length=max_length, revision=revision)
+    if is_auto and reading is not None:
+        chosen = plan_on(reading, reading.load_dense()[0], reading.pieces[::2], budget)
     else:
         chosen = read_pattern(pattern, settings or ())
-    named: Mapping[int | str, Pattern | str] = dict(_read_layer(text) for text in layers or ())
-    if texts is not None and not is_auto:
-        # what is wrong with them is told before anything is written
-        open_reading(source, texts, revision=revision)
+    inspection = None
+    if reading is not None:
+        # what cannot be inspected is told before anything is written
+        longest = reading.target.length_before if max_length is None else max_length
+        inspection = plan_inspection(reading, [chosen], max_length=longest, positions=positions, layers=named)
     report = convert(
         source,
         destination,
-        chosen if isinstance(chosen, Pattern) else chosen.pattern,
+        chosen.pattern if isinstance(chosen, LayerPlan) else chosen,
         max_length=max_length,
         image_size=None if image_size is None else _read_size(image_size),
         positions=positions,
-        layers=named if isinstance(chosen, Pattern) else chosen.layers,
+        layers=chosen.layers if isinstance(chosen, LayerPlan) else named,
         calibrate=calibrate,
         overwrite=overwrite,
         verify=verify,
         revision=revision,
     )
-    found = None
-    if texts is not None:
-        found = inspect_fidelity(
-            source,
-            [chosen],
-            texts,
-            max_length=report.max_length,
-            positions=positions,
-            layers=named,
-            converted=destination,
-            revision=revision,
-        )
+    fidelity = None if inspection is None else inspection.report(destination)
     if as_json:
-        fidelity = {} if found is None else {"fidelity": found.to_dict()}
-        print(json.dumps({**report.to_dict(), **fidelity}, indent=2))
+        found = {} if fidelity is None else {"fidelity": fidelity.to_dict()}
+        print(json.dumps({**report.to_dict(), **found}, indent=2))
         return
-    console = Console()
-    console.print(report.table())
-    if isinstance(chosen, LayerPlan):
-        console.print(chosen.table())
-    if found is not None:
-        console.print(found.table())
+    for said in (report, chosen, fidelity):
+        if said is not None and not isinstance(said, Pattern):
+            Console().print(said.table())
 
 
 def _read_size(text: str) -> int | tuple[int, int]:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,44 +39,99 @@ def inspect_fidelity(
     token: str | bool | None = None,
 ) -> FidelityReport:
     """Compare sparse models with the dense one; see :func:`hf_sparse.inspect_fidelity`."""
-    started = time.monotonic()
-    if not patterns:
-        raise ValueError("there is nothing to inspect: give at least one pattern")
     hub: dict[str, Any] = {"revision": revision, "token": token}
     reading = open_reading(source, texts, length=length, max_length=max_length, **hub)
+    inspection = plan_inspection(reading, patterns, max_length=max_length, positions=positions, layers=layers)
+    return inspection.report(converted)
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What is compared, and on what; all that can be wrong with it has been told.
+
+    Attributes:
+        reading: the dense checkpoint and its texts.
+        patterns: patterns, and plans by layer.
+        targets: what the checkpoint becomes under each.
+        band: what it becomes under a band of single tokens, as long as these.
+        lengths: tokens at which loss is measured.
+        longest: tokens at which operations and memory are.
+    """
+
+    reading: Reading
+    patterns: tuple[Pattern | LayerPlan, ...]
+    targets: tuple[Target, ...]
+    band: Target
+    lengths: tuple[int, ...]
+    longest: int
+
+    def report(self, converted: str | os.PathLike[str] | None = None) -> FidelityReport:
+        """Compare, and return the report.
+
+        Args:
+            converted: a folder that was converted with the only pattern, whose weights are read; None takes the source's.
+        """
+        started, reading = time.monotonic(), self.reading
+        # every other piece was for choosing a plan
+        is_apart = any(isinstance(one, LayerPlan) for one in self.patterns) and len(reading.pieces) > 1
+        judge = _Judge(reading, reading.pieces[1::2] if is_apart else reading.pieces, self.lengths, self.longest)
+        checkpoint, found = reading.checkpoint, []
+        folder = checkpoint.folder if converted is None else Path(converted) / checkpoint.inner
+        with counting(len(self.targets) * (len(judge.pieces) + 2) + 1, None, doing="comparing") as count:
+            dense = judge.costs_of_dense(self.band)
+            count(1)
+            for one, target in zip(self.patterns, self.targets, strict=True):
+                found.append(judge.fidelity_of(one, target, load_sparse(target, folder), count))
+        return FidelityReport(
+            source=checkpoint.name,
+            texts=reading.texts.name,
+            model_type=reading.target.model_type,
+            layers=tuple(layer_key(layer) for layer in reading.target.layers),
+            length=reading.length,
+            pieces=len(judge.pieces),
+            is_chosen_apart=is_apart,
+            objective=judge.objective,
+            lengths=self.lengths if judge.objective else (),
+            longest=self.longest,
+            dense=dense,
+            patterns=tuple(found),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            seconds=time.monotonic() - started,
+        )
+
+
+def plan_inspection(
+    reading: Reading,
+    patterns: Sequence[Pattern | LayerPlan],
+    *,
+    max_length: int | None = None,
+    positions: str | None = None,
+    layers: Mapping[int | str, Pattern | str] | None = None,
+) -> Inspection:
+    """Say what is compared.
+
+    Args:
+        reading: the dense checkpoint and its texts.
+        patterns: patterns, and plans by layer; at least one.
+        max_length: tokens of the longest text; None takes multiples of the dense model's length, as far as a text fills them.
+        positions: how rotary positions reach longer texts.
+        layers: maps layers to patterns or to "dense", for what is no plan.
+
+    Raises:
+        ValueError: if there is no pattern, or one does not fit the checkpoint or needs more than plain texts.
+    """
+    if not patterns:
+        raise ValueError("there is nothing to inspect: give at least one pattern")
     own = reading.target.length_before
-    lengths = _loss_lengths(reading, 8 * own if max_length is None else max_length)
+    most = reading.texts.longest if max_length is None else min(max_length, reading.texts.longest)
+    wanted = {reading.length, *(own * times for times in _MULTIPLES)}
+    lengths = tuple(sorted(one for one in wanted if one <= most))
     longest = max(lengths) if max_length is None else max_length
     sizes: dict[str, Any] = {"max_length": longest if longest > own else None, "positions": positions}
+    targets = tuple(_target(reading, one, layers, sizes) for one in patterns)
     band = plan_target(reading.checkpoint, Band(radius=0), **sizes)
-    targets = [_target(reading, one, layers, sizes) for one in patterns]
-    # every other piece was for choosing a plan
-    is_apart = any(isinstance(one, LayerPlan) for one in patterns) and len(reading.pieces) > 1
-    judge = _Judge(reading, reading.pieces[1::2] if is_apart else reading.pieces, lengths, longest)
-    folder = reading.checkpoint.folder if converted is None else Path(converted) / reading.checkpoint.inner
-    found = []
-    with counting(len(targets) * (len(judge.pieces) + 2) + 1, None, doing="comparing") as count:
-        dense = judge.costs_of_dense(band)
-        count(1)
-        for one, target in zip(patterns, targets, strict=True):
-            found.append(judge.fidelity_of(one, target, load_sparse(target, folder), count))
-    return FidelityReport(
-        source=reading.checkpoint.name,
-        texts=reading.texts.name,
-        model_type=reading.target.model_type,
-        layers=tuple(layer_key(layer) for layer in reading.target.layers),
-        length=reading.length,
-        pieces=len(judge.pieces),
-        is_chosen_apart=is_apart,
-        objective=judge.objective,
-        lengths=lengths if judge.objective else (),
-        longest=longest,
-        dense=dense,
-        patterns=tuple(found),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        seconds=time.monotonic() - started,
-    )
+    return Inspection(reading, tuple(patterns), targets, band, lengths, longest)
 
 
 def _target(
@@ -98,12 +154,6 @@ def _target(
                 f"pattern {pattern.key!r} with segments='given' needs segment_ids, which plain texts have not"
             )
     return target
-
-
-def _loss_lengths(reading: Reading, most: int) -> tuple[int, ...]:
-    """Return the lengths at which loss is measured: a piece's, and multiples of the dense model's that some text fills."""
-    wanted = {reading.length, *(reading.target.length_before * times for times in _MULTIPLES)}
-    return tuple(sorted(one for one in wanted if one <= min(most, reading.texts.longest)))
 
 
 class _Judge:

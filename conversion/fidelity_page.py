@@ -15,6 +15,7 @@ p { color: var(--quiet); margin: 0.3rem 0; max-width: 60rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.6rem 0; }
 th, td { border: 1px solid var(--line); padding: 0.2rem 0.5rem; text-align: right; }
+td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 14rem; }
 th { font-weight: 600; } td:first-child, th:first-child { text-align: left; }
 .map td { text-align: center; min-width: 2.2rem; font-size: 0.8rem; padding: 0.25rem; }
 """
@@ -53,7 +54,7 @@ def _map(report: FidelityReport, one: PatternFidelity) -> Iterator[str]:
     if one.kept is None:
         yield f"<p>What it keeps of the attention cannot be told: {escape(one.kept_note)}.</p>"
         return
-    yield "<p>Per cent of the dense attention that is kept: a row is a layer, a column a head; the darker, the more.</p>"
+    yield "<p>Per cent of the dense attention that is kept: a row is a layer, a column a head; more is a stronger colour.</p>"
     yield '<div class="wide"><table class="map">'
     yield _row(["layer", *map(str, range(max(map(len, one.kept))))], "th")
     for layer, heads in zip(report.layers, one.kept, strict=True):

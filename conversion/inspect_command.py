@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from hf_sparse.console import read_pattern
+from hf_sparse.conversion.layer_plan import check_budget
 from hf_sparse.patterns import Pattern
 
 AUTO = "auto"
@@ -95,10 +96,13 @@ def check_auto(is_auto: bool, density: float | None) -> float:
     """Return the budget of a plan, 0 where no plan is wanted.
 
     Raises:
-        ValueError: if a plan lacks its budget, or a budget its plan.
+        ValueError: if a plan lacks its budget or a budget its plan, or it is no share.
     """
     if is_auto and density is None:
         raise ValueError("--pattern auto needs --density, the share of all pairs that may be read, as in --density 0.1")
     if not is_auto and density is not None:
         raise ValueError("--density is for --pattern auto; leave it out")
-    return 0.0 if density is None else density
+    if density is None:
+        return 0.0
+    check_budget(density)
+    return density

@@ -220,7 +220,7 @@ def test_a_signal_cleans_up_first(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize("command", ["patterns", "show", "convert", "demo", "bench"])
+@pytest.mark.parametrize("command", ["patterns", "show", "convert", "inspect", "demo", "bench"])
 def test_every_command_has_help_with_an_example(hf_sparse_command: Command, command: str) -> None:
     code, out, _ = hf_sparse_command(command, "--help")
     assert code == 0

@@ -8,7 +8,7 @@ DIR holds ``cuad/`` and ``qmsum/``, each with ``train.parquet`` and ``test.parqu
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers.utils import logging
 
-from hf_sparse.conversion.comparison import compare, load_sparse
+from hf_sparse.conversion.comparison import load_sparse, read
 from hf_sparse.conversion.density import mean_density
-from hf_sparse.conversion.layer_plan import LayerPlan, pattern_name, sized, systems
+from hf_sparse.conversion.layer_plan import LayerPlan, layer_key, pattern_name, sized, systems
 from hf_sparse.conversion.progress import counting
 from hf_sparse.conversion.reading import Reading, open_reading, plan_on
 from hf_sparse.conversion.target import plan_target
 from hf_sparse.demo.report import checked_source
+from hf_sparse.integration.kept import noting_kept
 from hf_sparse.patterns import Pattern
 from hf_sparse.recipes.results import replace_part, spread
 
@@ -68,27 +69,57 @@ def write_texts(data: Path, split: str, texts: int, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measured(reading: Reading, dense: Any, one: Pattern | LayerPlan, pieces: Sequence[Tensor]) -> Row:
-    """Measure a pattern or a plan on pieces of text.
+def first_pieces(reading: Reading) -> tuple[Tensor, ...]:
+    """Return one piece of each text that is long enough, int64 ``[1, length]``: pieces of one text would not be independent."""
+    room = reading.length - reading.texts.special
+    return reading.texts.pieces(reading.length, sum(len(text) >= room for text in reading.texts.documents))
+
+
+def measured(
+    reading: Reading,
+    dense: Any,
+    held: Sequence[Pattern | LayerPlan],
+    pieces: Sequence[Tensor],
+    count: Callable[[int], None],
+) -> list[Row]:
+    """Measure patterns and plans on pieces of text.
 
     Args:
         reading: the checkpoint.
         dense: the dense model.
-        one: the pattern, or the plan.
+        held: the patterns and plans.
         pieces: int64 ``[1, T]`` each.
+        count: told of each piece that was read by all.
     """
-    pattern, layers = (one, None) if isinstance(one, Pattern) else (one.pattern, one.layers)
-    target = plan_target(reading.checkpoint, pattern, layers=layers)
-    sparse = load_sparse(target, reading.checkpoint.folder)
+    targets = [
+        plan_target(reading.checkpoint, one)
+        if isinstance(one, Pattern)
+        else plan_target(reading.checkpoint, one.pattern, layers=one.layers)
+        for one in held
+    ]
+    models = [load_sparse(target, reading.checkpoint.folder) for target in targets]
+    patterns = {
+        layer_key(one): [target.entry.pattern_of(one.stack, one.index) for target in targets]
+        for one in reading.target.layers
+    }
     scores = []
     for row in pieces:
-        found = compare(dense, sparse, target, row)
-        kept = torch.stack([share.mean() for share in found.shares.values()]).mean()
-        want, got = (hidden.double().mean(0) for hidden in found.hidden)
-        means = cosine_similarity(want, got, dim=0)
-        scores.append([float(kept), found.cosine, float(means)])
-    name = pattern_name(one) if isinstance(one, Pattern) else "**auto**"
-    return Row(name, mean_density(target, reading.length), torch.tensor(scores, dtype=torch.float64))
+        with noting_kept(dense, patterns) as kept:
+            want, _ = read(dense, row)
+        shares = torch.stack([share.mean(1) for share in kept.shares.values()]).mean(0)
+        cosines = [_cosines(want.double(), read(model, row)[0].double()) for model in models]
+        scores.append(torch.cat([shares[:, None], torch.stack(cosines)], 1))
+        count(1)
+    by_row = torch.stack(scores, 1)
+    names = [pattern_name(one) if isinstance(one, Pattern) else "**auto**" for one in held]
+    densities = [mean_density(target, reading.length) for target in targets]
+    return [Row(*found) for found in zip(names, densities, by_row, strict=True)]
+
+
+def _cosines(want: Tensor, got: Tensor) -> Tensor:
+    """Return the cosine of tokens, mean over them, and that of their means, float64 ``[2]``."""
+    tokens = cosine_similarity(want, got, dim=1).mean()
+    return torch.stack([tokens, cosine_similarity(want.mean(0), got.mean(0), dim=0)])
 
 
 def verdict(gains: Tensor) -> tuple[str, str]:
@@ -143,18 +174,14 @@ def lines(data: Path) -> Iterator[str]:
         write_texts(data, "test", JUDGED_ON, test)
         chosen_on, judged_on = (open_reading(source, path, length=LENGTH) for path in (train, test))
         dense, _ = judged_on.load_dense()
-        first = judged_on.texts.pieces(LENGTH, len(SETS) * JUDGED_ON)
+        first, pieces = first_pieces(judged_on), first_pieces(chosen_on)
         for density in DENSITIES:
-            pieces = chosen_on.texts.pieces(LENGTH, len(SETS) * CHOSEN_ON)
             plan = plan_on(chosen_on, dense, pieces, density)
             layer = judged_on.target.layers[0]
             single = [sized(name, density, layer, LENGTH) for name in systems(LENGTH)]
             held: list[Pattern | LayerPlan] = [plan, *(pattern for pattern in single if pattern is not None)]
-            rows = []
-            with counting(len(held), None, doing=f"density {density:g}") as count:
-                for one in held:
-                    rows.append(measured(judged_on, dense, one, first))
-                    count(1)
+            with counting(len(first), None, doing=f"density {density:g}") as count:
+                rows = measured(judged_on, dense, held, first, count)
             tables.append(rows)
             yield f"### Density {density:g}"
             yield ""

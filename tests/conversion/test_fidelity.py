@@ -14,9 +14,10 @@ from torch.nn.functional import cosine_similarity, kl_div
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import hf_sparse
-from hf_sparse.conversion import costs, layer_plan
+from hf_sparse.conversion import costs, fidelity_page, layer_plan
 from hf_sparse.conversion.comparison import mean_loss
-from hf_sparse.conversion.texts import Texts
+from hf_sparse.conversion.source import open_checkpoint
+from hf_sparse.conversion.texts import Texts, read_texts
 from tests.support.checkpoints import write_checkpoint, write_tokenizer
 from tests.support.decoders import tiny_decoder
 
@@ -271,6 +272,25 @@ def test_the_page_is_whole_and_asks_for_nothing_else(bert: Path, text: Path, tmp
     assert "reads nodes" in written
 
 
+def luminance(colour: tuple[float, ...]) -> float:
+    """Return the relative luminance of red, green and blue, each from 0 to 255, as WCAG 2.1 has it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (one / 255 for one in colour)]
+    return sum(weight * one for weight, one in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_numbers_stand_out_from_the_colour_of_their_cell(scheme: int, share: float) -> None:
+    ink, paper = (
+        tuple(bytes.fromhex(re.findall(rf"--{name}: #([0-9a-f]{{6}})", fidelity_page._STYLE)[scheme]))
+        for name in ("ink", "page")
+    )
+    *colour, alpha = map(float, re.findall(r"[\d.]+", fidelity_page._cell(share, "0", 0).partition("title")[0]))
+    cell = tuple(alpha * over + (1 - alpha) * under for over, under in zip(colour, paper, strict=True))
+    low, high = sorted((luminance(ink), luminance(cell)))
+    assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
 def test_the_report_is_plain_json(bert: Path, text: Path) -> None:
     report = hf_sparse.inspect_fidelity(bert, [BAND, hf_sparse.plan_layers(bert, text, 0.2)], text)
     held = report.to_dict()
@@ -311,6 +331,25 @@ def test_texts_that_cannot_be_read_are_refused(name: str, bert: Path, text: Path
         hf_sparse.inspect_fidelity(bert, [BAND], text, **settings)
     with pytest.raises(ValueError, match=says):
         hf_sparse.plan_layers(bert, text, 0.1, **settings)
+
+
+def test_special_tokens_stand_where_the_tokenizer_puts_them(bert: Path, text: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    texts = read_texts(text, open_checkpoint(bert))
+    assert (len(texts.before), len(texts.after)) == (1, 1)
+    # as T5's: one behind the text alone
+    inner = Tokenizer(models.WordLevel({"<end>": 0, **{word: at for at, word in enumerate(set(WORDS), 1)}}, "<end>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    for path in bert.glob("tokenizer*"):
+        path.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(bert)
+    texts = read_texts(text, open_checkpoint(bert))
+    assert (texts.before, texts.after, texts.mask) == ((), (0,), None)
+    assert [len(document) for document in texts.documents] == [600, 150]
+    assert texts.pieces(50, 3)[0][0, -1] == 0
 
 
 def test_nothing_to_inspect_and_what_plain_texts_have_not_are_refused(bert: Path, text: Path) -> None:

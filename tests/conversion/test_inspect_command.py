@@ -129,6 +129,10 @@ BAD_USE: list[tuple[tuple[str, ...], str]] = [
     ((*CONVERT, "band", "--density", "0.1"), "--density is for --pattern auto; leave it out"),
     ((*CONVERT, "auto", "--density", "0.1", "--texts", "{text}", "--layer", "0=dense"), "leave --set and --layer out"),
     ((*CONVERT, "band", "--texts", "{room}/none.txt"), "texts: there is no file"),
+    (
+        (*CONVERT, "etc", "--set", "segments=given", "--texts", "{text}"),
+        "needs segment_ids, which plain texts have not",
+    ),
 ]
 
 
