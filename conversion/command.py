@@ -1,12 +1,14 @@
 """The command ``convert``, for the command line of the package and for ``python -m hf_sparse.conversion``."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from hf_sparse.console import PATTERN_HELP, SET_HELP, read_pattern
+from hf_sparse.conversion.inspect_command import AUTO, DENSITY_HELP, TEXTS_HELP, check_auto
 from hf_sparse.patterns import Pattern
 
 
@@ -15,7 +17,9 @@ def convert_command(
         str, typer.Argument(metavar="SRC", help="A dense checkpoint: a folder, or the id of a model on the Hub.")
     ],
     destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
-    pattern: Annotated[str, typer.Option("--pattern", "-p", help=PATTERN_HELP)],
+    pattern: Annotated[
+        str, typer.Option("--pattern", "-p", help=f"{PATTERN_HELP} Or auto, a plan by layer chosen on --texts.")
+    ],
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     max_length: Annotated[
         int | None,
@@ -47,6 +51,13 @@ def convert_command(
             help="A plain text in UTF-8; the centroids of routing move to where SRC's queries and keys are on it.",
         ),
     ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            "--texts", metavar="FILE", help=f"{TEXTS_HELP} Says at the end how near DST stays to SRC on them."
+        ),
+    ] = None,
+    density: Annotated[float | None, typer.Option("--density", help=DENSITY_HELP)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, all of it, if it is not empty.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the result, its pattern wide open, with SRC.")
@@ -78,17 +89,39 @@ def convert_command(
       hf-sparse convert roberta-base roberta-4096 --pattern longformer --set window=512 --max-length 4096
       hf-sparse convert roberta-base roberta-4096 --pattern "routing|band" --max-length 4096 --calibrate book.txt
       hf-sparse convert roberta-base roberta-4096 --pattern longformer --max-length 4096 --push-to me/roberta-4096
+      hf-sparse convert roberta-base roberta-4096 --pattern auto --density 0.1 --texts notes.txt --max-length 4096
     """
     from hf_sparse.conversion.convert import convert
+    from hf_sparse.conversion.fidelity import plan_inspection
+    from hf_sparse.conversion.layer_plan import LayerPlan
+    from hf_sparse.conversion.reading import open_reading, plan_on
 
+    is_auto = pattern.strip() == AUTO
+    budget = check_auto(is_auto, density)
+    if is_auto and texts is None:
+        raise ValueError("--pattern auto needs --texts FILE, to choose on")
+    if is_auto and (settings or layers):
+        raise ValueError("--pattern auto chooses the pattern of each layer itself; leave --set and --layer out")
+    named: Mapping[int | str, Pattern | str] = dict(_read_layer(text) for text in layers or ())
+    reading = None if texts is None else open_reading(source, texts, max_length=max_length, revision=revision)
+    chosen: Pattern | LayerPlan
+    if is_auto and reading is not None:
+        chosen = plan_on(reading, reading.load_dense()[0], reading.pieces[::2], budget)
+    else:
+        chosen = read_pattern(pattern, settings or ())
+    inspection = None
+    if reading is not None:
+        # what cannot be inspected is told before anything is written
+        longest = reading.target.length_before if max_length is None else max_length
+        inspection = plan_inspection(reading, [chosen], max_length=longest, positions=positions, layers=named)
     report = convert(
         source,
         destination,
-        read_pattern(pattern, settings or ()),
+        chosen.pattern if isinstance(chosen, LayerPlan) else chosen,
         max_length=max_length,
         image_size=None if image_size is None else _read_size(image_size),
         positions=positions,
-        layers=dict(_read_layer(text) for text in layers or ()),
+        layers=chosen.layers if isinstance(chosen, LayerPlan) else named,
         calibrate=calibrate,
         overwrite=overwrite,
         verify=verify,
@@ -98,10 +131,14 @@ def convert_command(
         private=private or None,
         revision=revision,
     )
+    fidelity = None if inspection is None else inspection.report(destination)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        Console().print(report.table())
+        found = {} if fidelity is None else {"fidelity": fidelity.to_dict()}
+        print(json.dumps({**report.to_dict(), **found}, indent=2))
+        return
+    for said in (report, chosen, fidelity):
+        if said is not None and not isinstance(said, Pattern):
+            Console().print(said.table())
 
 
 def _read_size(text: str) -> int | tuple[int, int]:

@@ -27,7 +27,6 @@ from hf_sparse.conversion.verify import compare
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
 from hf_sparse.errors import ConversionError, PushError
 from hf_sparse.integration.card import Card, draw
-from hf_sparse.integration.density import mean_density
 from hf_sparse.integration.hub import check_account, push_folder
 from hf_sparse.integration.remote_code import auto_map_of, write_code
 from hf_sparse.patterns import Pattern
@@ -73,9 +72,7 @@ def convert(
     companions = plan_companions(checkpoint, target, raises_limits=(max_length, image_size) != (None, None))
     size = sum(shard.size for shard in weights.shards) + companions.size
     readme = _readme(checkpoint)
-    density = mean_density(
-        ((layer, target.entry.pattern_of(layer.stack, layer.index)) for layer in target.layers), target.length
-    )
+    density = target.density(target.length)
     card = conversion_card(
         checkpoint, target, density=density, is_calibrated=calibration is not None, loads_by_code=remote_code
     )

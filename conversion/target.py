@@ -15,7 +15,7 @@ from hf_sparse.conversion.names import renamings_of
 from hf_sparse.conversion.source import Checkpoint
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
-from hf_sparse.integration.density import Layer, layer_of
+from hf_sparse.integration.density import Layer, layer_of, mean_density
 from hf_sparse.integration.entry import Entry, make_entry, read_entry
 from hf_sparse.integration.layers import check_entry, projections, self_attention_modules
 from hf_sparse.integration.nodes import Nodes
@@ -69,6 +69,11 @@ class Target:
     table_shape: tuple[int, ...]
     renamings: tuple[Any, ...]
     tied: frozenset[str]
+
+    def density(self, length: int) -> float:
+        """Return the share of pairs that are read at a length, averaged over layers and heads."""
+        patterns = ((layer, self.entry.pattern_of(layer.stack, layer.index)) for layer in self.layers)
+        return mean_density(patterns, length)
 
     @property
     def model_type(self) -> str:

@@ -1,7 +1,7 @@
 """Sparse attention for Hugging Face Transformers: importing this package registers it."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.attention import sparse_attention
@@ -17,7 +17,7 @@ from hf_sparse.integration.sparsify import sparse_config, sparsify_
 from hf_sparse.patterns import PATTERNS, Pattern, by_head, pattern, pattern_from_dict
 
 if TYPE_CHECKING:
-    from hf_sparse.conversion import ConversionReport
+    from hf_sparse.conversion import ConversionReport, FidelityReport, LayerPlan
 
 __version__ = "0.1.0"
 
@@ -116,12 +116,107 @@ def convert(
     )
 
 
-def __getattr__(name: str) -> Any:
-    # a class of the conversion, which is imported when it is first asked for
-    if name == "ConversionReport":
-        from hf_sparse.conversion import ConversionReport
+def plan_layers(
+    source: str | os.PathLike[str],
+    texts: str | os.PathLike[str],
+    density: float,
+    *,
+    length: int | None = None,
+    max_length: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> "LayerPlan":
+    """Choose for each layer of a dense checkpoint the pattern that keeps the most of its attention, within a budget.
 
-        return ConversionReport
+    Each layer has position-based patterns of several densities to choose from, and may stay dense. The choice is the best there
+    is: no other one keeps a larger share of attention on these texts, mean over layers, at a mean density within the budget.
+    Shares and densities are those at ``length``: a window that reads a tenth of 512 tokens reads an eightieth of 4,096.
+
+    Args:
+        source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
+        texts: a plain text in UTF-8, or a .jsonl whose lines have a "text". Pieces of the texts, one of each, then a second of
+            each and so on, 16 at the most, are cut; every other one is chosen on, and the rest are left to judge the plan on.
+        density: pairs of tokens that are read, over all pairs (so that a dense causal layer reads half), mean over layers, at
+            the most; above 0, at most 1.
+        length: tokens of a piece; None takes what the checkpoint reads, 2,048 at the most.
+        max_length: tokens of the longest text that the plan is to serve: a sliding window of the model's own has to hold what
+            is read there. None takes what the checkpoint reads.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub; None takes the one that was logged in with.
+
+    Returns:
+        The plan, the same for the same arguments: ``convert(source, destination, plan.pattern, layers=plan.layers)``.
+
+    Raises:
+        ConversionError: if the source or the texts cannot be read.
+        UnsupportedModelError: if the model type cannot be converted; says why.
+        ValueError: if no text is as long as a piece, or nothing is as sparse as the budget.
+    """
+    from hf_sparse.conversion import plan_layers as run
+
+    return run(source, texts, density, length=length, max_length=max_length, revision=revision, token=token)
+
+
+def inspect_fidelity(
+    source: str | os.PathLike[str],
+    patterns: "Sequence[Pattern | LayerPlan]",
+    texts: str | os.PathLike[str],
+    *,
+    length: int | None = None,
+    max_length: int | None = None,
+    positions: str | None = None,
+    layers: Mapping[int | str, Pattern | str] | None = None,
+    converted: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> "FidelityReport":
+    """Say how near sparse models stay to the dense checkpoint they come from, and what they cost; nothing is written.
+
+    Args:
+        source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
+        patterns: patterns, and plans by layer. Where there is a plan, what it was chosen on is left out.
+        texts: as for ``plan_layers``.
+        length: tokens of a piece, within which models are compared; None takes what the checkpoint reads, 2,048 at the most.
+        max_length: tokens of the longest text: positions are made as long as ``convert`` does. None takes twice, four times or
+            eight times what the checkpoint reads, as far as a text is as long.
+        positions: how rotary positions reach longer texts; as for ``convert``.
+        layers: maps layers to patterns or to "dense", for what is no plan; as for ``convert``.
+        converted: a folder that ``convert`` made with the only one of ``patterns``, whose weights are read; None takes those of
+            the source.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub; None takes the one that was logged in with.
+
+    Returns:
+        Kept attention by layer and head, divergence and cosine against the dense model, losses, density, operations, memory,
+        and the length from which on sparse attention is faster.
+
+    Raises:
+        ConversionError: if the source or the texts cannot be read.
+        UnsupportedModelError: if the model type cannot be converted; says why.
+        ValueError: if no text is as long as a piece, or a pattern does not fit the checkpoint.
+    """
+    from hf_sparse.conversion import inspect_fidelity as run
+
+    return run(
+        source,
+        patterns,
+        texts,
+        length=length,
+        max_length=max_length,
+        positions=positions,
+        layers=layers,
+        converted=converted,
+        revision=revision,
+        token=token,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    # classes of the conversion, which is imported when they are first asked for
+    if name in ("ConversionReport", "FidelityReport", "LayerPlan"):
+        from hf_sparse import conversion
+
+        return getattr(conversion, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -129,7 +224,9 @@ __all__ = [
     "PATTERNS",
     "ConversionError",
     "ConversionReport",
+    "FidelityReport",
     "HfSparseError",
+    "LayerPlan",
     "PushError",
     "UnsupportedModelError",
     "by_head",
@@ -137,9 +234,11 @@ __all__ = [
     "convert",
     "explain",
     "imitate_",
+    "inspect_fidelity",
     "keep_nodes",
     "pattern",
     "pattern_from_dict",
+    "plan_layers",
     "sentence_ids",
     "sparse_attention",
     "sparse_config",

@@ -229,7 +229,7 @@ def test_ctrl_c_cleans_up_first_and_what_a_kill_leaves_is_gone_on_with(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
 
 
-@pytest.mark.parametrize("command", ["patterns", "show", "convert", "demo", "bench"])
+@pytest.mark.parametrize("command", ["patterns", "show", "convert", "inspect", "demo", "bench"])
 def test_every_command_has_help_with_an_example(hf_sparse_command: Command, command: str) -> None:
     code, out, _ = hf_sparse_command(command, "--help")
     assert code == 0

@@ -89,7 +89,7 @@ def attend(
     if tag.pattern is None:
         if document_ids is not None and tag.stack != "cross":
             mask = dataclasses.replace(mask, document_ids=document_ids)
-        out = _dense(query, key, value, mask, window, dropout, scaling, position_bias, softcap, s_aux)
+        out = attend_densely(query, key, value, mask, window, dropout, scaling, position_bias, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
     hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
     if hidden_states is not None:
@@ -284,7 +284,7 @@ def refuse_packed(pattern: Pattern) -> NoReturn:
     )
 
 
-def _dense(
+def attend_densely(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -296,7 +296,11 @@ def _dense(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend densely, as cross-attention and layers declared dense do."""
+    """Return what torch's dense attention gives, float ``[B, H, T, Dv]``: cross-attention and layers declared dense do this.
+
+    Raises:
+        ValueError: if there is a softcap or sinks, which it does not serve.
+    """
     if softcap is not None or sinks is not None:
         raise ValueError("a layer declared dense does not serve softcap or sinks; give it a pattern")
     allowed = None if mask.padding is None else mask.padding[:, None, None, :]

@@ -1,5 +1,6 @@
 """How much of all pairs of tokens a model reads."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,27 @@ def layer_of(stack: str, index: int, module: nn.Module, config: Any) -> Layer:
     return Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module), window)
 
 
+def layer_density(pattern: Pattern | None, layer: Layer, length: int) -> float:
+    """Return the share of the ``length ** 2`` pairs of tokens that a layer reads, averaged over its heads.
+
+    Args:
+        pattern: of the layer; None for a dense one, which keeps its causality and its own sliding window.
+        layer: whose heads read.
+        length: tokens, at least 1.
+    """
+    if pattern is None and not layer.is_causal:
+        return 1.0
+    if pattern is None:
+        pattern = Band(radius=(layer.window or length) - 1)
+    at = layer.index if pattern.varies_by_layer else 0
+    return _density(pattern, length, layer.heads, at, layer.is_causal)
+
+
+@functools.lru_cache(maxsize=4096)
+def _density(pattern: Pattern, length: int, heads: int, layer: int, is_causal: bool) -> float:
+    return pattern.density(length, heads=heads, layer=layer, is_causal=is_causal)
+
+
 def mean_density(layers: Iterable[tuple[Layer, Pattern | None]], length: int) -> float:
     """Return the share of pairs that are read, averaged over layers and heads.
 
@@ -43,17 +65,5 @@ def mean_density(layers: Iterable[tuple[Layer, Pattern | None]], length: int) ->
         layers: each with its pattern, or None where it stays dense.
         length: of the sequence, in tokens.
     """
-    known: dict[tuple[Pattern, int, int, bool], float] = {}
-    shares = []
-    for layer, pattern in layers:
-        if pattern is None and not layer.is_causal:
-            shares.append(1.0)
-            continue
-        if pattern is None:
-            pattern = Band(radius=(layer.window or length) - 1)
-        at = layer.index if pattern.varies_by_layer else 0
-        scope = (pattern, at, layer.heads, layer.is_causal)
-        if scope not in known:
-            known[scope] = pattern.density(length, heads=layer.heads, layer=at, is_causal=layer.is_causal)
-        shares.append(known[scope])
+    shares = [layer_density(pattern, layer, length) for layer, pattern in layers]
     return sum(shares) / len(shares)

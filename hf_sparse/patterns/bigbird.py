@@ -89,7 +89,7 @@ class BigBird(Pattern):
 
     def _random_table(self, scope: Scope, blocks: int) -> Tensor:
         row = torch.arange(blocks)
-        if self.random_plan == "full_length" or scope.is_causal:
+        if self.random_plan == "full_length" or scope.is_causal or not self.num_random_blocks:
             # candidates: blocks 1 ... row - 2 and, if not causal, row + 2 ... blocks - 2
             behind = (row - 2).clamp(min=0)
             ahead = torch.zeros_like(row) if scope.is_causal else (blocks - 3 - row).clamp(min=0)

@@ -24,6 +24,17 @@ def test_a_bar_is_drawn_in_a_terminal_once_patience_ends(
     assert ("4.0/4.0 MB" in shown.getvalue()) is draws
 
 
+def test_steps_are_counted_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=shown, force_terminal=True))
+    with progress.counting(3, None, doing="comparing") as count:
+        for _ in range(3):
+            count(1)
+    assert "comparing" in shown.getvalue()
+    assert "3/3" in shown.getvalue()
+
+
 def test_a_caller_s_own_progress_is_told_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(progress, "_PATIENCE", 0.0)
