@@ -1,8 +1,9 @@
 """The command ``convert``, for the command line of the package and for ``python -m hf_sparse.conversion``."""
 
 import json
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +11,10 @@ from rich.console import Console
 from hf_sparse.console import PATTERN_HELP, SET_HELP, read_pattern
 from hf_sparse.conversion.inspect_command import AUTO, DENSITY_HELP, TEXTS_HELP, check_auto
 from hf_sparse.patterns import Pattern
+
+if TYPE_CHECKING:
+    from hf_sparse.conversion.fidelity import Inspection
+    from hf_sparse.conversion.fidelity_report import FidelityReport
 
 
 def convert_command(
@@ -114,6 +119,7 @@ def convert_command(
         # what cannot be inspected is told before anything is written
         longest = reading.target.length_before if max_length is None else max_length
         inspection = plan_inspection(reading, [chosen], max_length=longest, positions=positions, layers=named)
+    judged: list[FidelityReport] = []
     report = convert(
         source,
         destination,
@@ -130,8 +136,9 @@ def convert_command(
         push_to=push_to,
         private=private or None,
         revision=revision,
+        judge=None if inspection is None else _judge(inspection, judged),
     )
-    fidelity = None if inspection is None else inspection.report(destination)
+    fidelity = judged[0] if judged else None
     if as_json:
         found = {} if fidelity is None else {"fidelity": fidelity.to_dict()}
         print(json.dumps({**report.to_dict(), **found}, indent=2))
@@ -139,6 +146,16 @@ def convert_command(
     for said in (report, chosen, fidelity):
         if said is not None and not isinstance(said, Pattern):
             Console().print(said.table())
+
+
+def _judge(inspection: "Inspection", judged: "list[FidelityReport]") -> Callable[[Path], str]:
+    """Return what compares a destination with its source, keeps the report and gives its table in Markdown."""
+
+    def judge(folder: Path) -> str:
+        judged.append(inspection.report(folder))
+        return judged[-1].markdown()
+
+    return judge
 
 
 def _read_size(text: str) -> int | tuple[int, int]:

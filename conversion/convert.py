@@ -54,8 +54,12 @@ def convert(
     revision: str | None = None,
     token: str | bool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    judge: Callable[[Path], str] | None = None,
 ) -> ConversionReport:
-    """Convert a dense checkpoint into a sparse one; see :func:`hf_sparse.convert`."""
+    """Convert a dense checkpoint into a sparse one; see :func:`hf_sparse.convert`.
+
+    ``judge`` is given the destination and says in Markdown, for the card, how near it stays to the source.
+    """
     started = time.monotonic()
     _check_push(push_to, private, token)
     checkpoint = open_checkpoint(source, revision=revision, token=token, allow_pickle=allow_pickle)
@@ -91,9 +95,13 @@ def convert(
             job.finish(compared)
         job.put_in_place(overwrite=overwrite)
         pushed = None
+        if judge is not None:
+            card = dataclasses.replace(card, fidelity=judge(wanted))
         if push_to is not None:
-            dressed = _dressed(wanted, card, target, push_to)
-            (wanted / _README).write_text(dressed.text(readme), encoding="utf-8")
+            card = _dressed(wanted, card, target, push_to)
+        if judge is not None or push_to is not None:
+            (wanted / _README).write_text(card.text(readme), encoding="utf-8")
+        if push_to is not None:
             pushed = _push(wanted, checkpoint, push_to, private, token)
     entry = target.entry.to_dict()
     return ConversionReport(

@@ -134,6 +134,13 @@ class FidelityReport:
             table.add_row(*row)
         return table
 
+    def markdown(self) -> str:
+        """Return the table in Markdown for a model card, and what was compared on; without the folders of this machine."""
+        rows = [self.head(), ["---"] * len(self.head()), *self.rows()]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        pieces = f"{self.pieces} piece{'' if self.pieces == 1 else 's'} of {self.length:,} tokens"
+        return "\n".join([f"On {pieces} of `{Path(self.texts).name}`.", "", *lines, "", f"{self.caption()}."])
+
     def write_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as a page that needs no other file: the table, and a map of the kept shares for each pattern."""
         from hf_sparse.conversion.fidelity_page import page

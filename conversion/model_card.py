@@ -14,7 +14,6 @@ def conversion_card(
     *,
     density: float,
     is_calibrated: bool = False,
-    fidelity: str = "",
     loads_by_code: bool = False,
 ) -> Card:
     """Return what a README is to say.
@@ -24,7 +23,6 @@ def conversion_card(
         target: what it became.
         density: pairs read, over all pairs, at the longest input.
         is_calibrated: whether its centroids were moved on a text.
-        fidelity: a table in Markdown of how near it stays to the source; "" for none.
         loads_by_code: whether it brings the code that registers its type.
     """
     # a name that may be published: the Hub's id, or the last part of a local folder
@@ -48,6 +46,5 @@ def conversion_card(
         origin="\n".join(said),
         subfolder=checkpoint.inner,
         base_model=checkpoint.name.partition("@")[0] if checkpoint.is_from_hub else None,
-        fidelity=fidelity,
         loads_by_code=loads_by_code,
     )

@@ -89,7 +89,7 @@ def test_convert_follows_the_plan_and_says_how_near_it_stays(command: Command, b
     assert "least kept" in out
 
 
-def test_convert_with_texts_reports_on_its_one_pattern(command: Command) -> None:
+def test_convert_with_texts_reports_on_its_one_pattern(command: Command, tmp_path: Path) -> None:
     args = ("{model}", "{room}/sparse", "-p", "band", "--set", "radius=4", "--layer", "1=dense", "--texts", "{text}")
     code, out, err = command("convert", *args, "--json")
     assert (code, err) == (0, "")
@@ -97,6 +97,11 @@ def test_convert_with_texts_reports_on_its_one_pattern(command: Command) -> None
     assert one["layers"] == {"1": "dense"}
     assert one["kept"][1] == [1.0] * 4
     assert one["name"] == "band(radius=4)"
+    card = (tmp_path / "sparse/README.md").read_text()
+    assert "### How near it stays to the dense model\n\nOn " in card
+    assert "of `text.txt`." in card
+    assert f"| band(radius=4) | {one['density']:.4f} |" in card
+    assert str(tmp_path) not in card
 
 
 def test_a_pattern_is_read_with_its_settings() -> None:
