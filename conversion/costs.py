@@ -20,6 +20,7 @@ from hf_sparse.conversion.density import layer_density
 from hf_sparse.conversion.target import Layer
 from hf_sparse.patterns import Pattern
 
+# of which the median is taken
 _ROUNDS = 3
 # lengths at which attention is timed
 _SHORTEST, _LONGEST = 256, 16_384
@@ -68,17 +69,21 @@ def attention_operations(density: float, shape: tuple[int, int, int], length: in
 def peak_bytes(run: Callable[[], Any]) -> int | None:
     """Return how much a call's memory exceeds at its peak what the process held before; None where the system does not tell.
 
-    Linux tells: its record of the largest resident memory is set back before the call, and read after it.
+    Linux tells: its record of the largest resident memory is set back before the call, and read after it. The median of three
+    calls, since what the allocator keeps differs from one to the next.
     """
-    try:
-        # what was freed and not given back would hide what is asked for now
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-    except (OSError, AttributeError):
-        return None
-    run()
-    return max(_resident("VmHWM") - before, 0)
+    found = []
+    for _ in range(_ROUNDS):
+        try:
+            # what was freed and not given back would hide what is asked for now
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _resident("VmRSS")
+        except (OSError, AttributeError):
+            return None
+        run()
+        found.append(max(_resident("VmHWM") - before, 0))
+    return int(statistics.median(found))
 
 
 def _resident(field: str) -> int:
