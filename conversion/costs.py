@@ -20,6 +20,8 @@ from hf_sparse.integration.density import Layer, layer_density
 from hf_sparse.patterns import Pattern
 
 _ROUNDS = 3
+# of glibc's mallopt: bytes from which on an allocation is a mapping of its own
+_MMAP_THRESHOLD = -3
 # lengths at which attention is timed
 _SHORTEST, _LONGEST = 256, 16_384
 # a length at which dense attention of a layer would take longer, in seconds, is not timed
@@ -67,17 +69,23 @@ def attention_operations(density: float, shape: tuple[int, int, int], length: in
 def peak_bytes(run: Callable[[], Any]) -> int | None:
     """Return how much a call's memory exceeds at its peak what the process held before; None where the system does not tell.
 
-    Linux tells: its record of the largest resident memory is set back before the call, and read after it.
+    Linux with glibc tells: the record of the largest resident memory is set back before the call, and read after it.
     """
     try:
-        # what was freed and not given back would hide what is asked for now
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        # what was freed and kept would hide what is asked for now: tensors get memory of their own, and give it back
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
     except (OSError, AttributeError):
         return None
-    run()
-    return max(_resident("VmHWM") - before, 0)
+    try:
+        before = _resident("VmRSS")
+        run()
+        return max(_resident("VmHWM") - before, 0)
+    finally:
+        # where glibc itself stops
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 25)
 
 
 def _resident(field: str) -> int:

@@ -156,6 +156,7 @@ def test_a_head_whose_weights_the_checkpoint_lacks_is_none(tmp_path: Path, text:
     assert hf_sparse.inspect_fidelity(tmp_path / "bare", [BAND], text).patterns[0].divergence is None
 
 
+@pytest.mark.slow
 def test_both_stacks_of_an_encoder_decoder_are_told_apart(tmp_path: Path, text: Path) -> None:
     tiny_decoder("Bart", "ForConditionalGeneration").save_pretrained(tmp_path / "bart")
     write_tokenizer(tmp_path / "bart", "Roberta", max_length=64)
