@@ -75,7 +75,9 @@ KNOWS_TRANSFORMERS = {
     "hf_sparse.demo",
 }
 # of the demo, and need what the recipes need
-MEASURES_RECIPES = {f"hf_sparse.demo.{name}" for name in ("distilled", "long_documents", "plans", "step_speed")}
+MEASURES_RECIPES = {
+    f"hf_sparse.demo.{name}" for name in ("decoder", "distilled", "long_documents", "plans", "step_speed")
+}
 BANNED_STEMS = {"utils", "helpers", "common", "base", "misc", "core"}
 # Every package of the extras, and what only they bring along.
 OPTIONAL = {
