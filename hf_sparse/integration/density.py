@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse.integration.layers import is_causal, num_heads_of
+from hf_sparse.integration.layers import is_causal, num_heads_of, numbered
 from hf_sparse.integration.windows import window_of
 from hf_sparse.patterns import Band, Pattern
 
@@ -34,7 +34,7 @@ class Layer:
 def layer_of(stack: str, index: int, module: nn.Module, config: Any) -> Layer:
     """Return what is to be known of a self-attention module, named as ``self_attention_modules`` does."""
     causal = is_causal(module)
-    window = window_of(config, index, is_causal=causal)
+    window = window_of(config, numbered(module, index), is_causal=causal)
     return Layer(stack, index, num_heads_of(module, config) or 1, causal, window)
 
 

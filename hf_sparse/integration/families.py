@@ -80,7 +80,6 @@ FAMILIES: dict[str, Family | VisionFamily] = {
     # the causal mask and the frequencies were saved with every layer
     "gpt_neox": Family("", "rotary", buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")),
     "marian": Family("embed_positions.weight", "sinusoidal"),
-    "markuplm": Family(counts_from_padding=True),
     "mbart": _LEARNED_OFFSET,
     "mobilebert": Family(),
     "opt": _LEARNED_OFFSET,

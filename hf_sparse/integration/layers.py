@@ -162,10 +162,16 @@ def check_entry(
                 "pairs by content, or has nodes or labels of its own; take another, or 'dense'"
             )
         causal = is_causal(module)
-        window = window_of(config, index, is_causal=causal)
+        window = window_of(config, numbered(module, index), is_causal=causal)
         longest = length or getattr(config, "max_position_embeddings", None) or (window or 0) + 1
         scope: dict[str, Any] = {"is_causal": causal, "heads": heads, "layer": index, "length": longest}
         check_window(pattern, window, where=where, **scope)
+
+
+def numbered(module: nn.Module, index: int) -> int:
+    """Return which layer of the config a self-attention module is: others may have no attention, and no number here."""
+    layer: int | None = getattr(module, "layer_idx", None)
+    return index if layer is None else layer
 
 
 def is_causal(module: nn.Module) -> bool:

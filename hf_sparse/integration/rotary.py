@@ -48,7 +48,7 @@ def longer_rotary(config: Any, max_length: int, method: str | None) -> dict[str,
         raise ValueError(f"positions must be one of {', '.join(METHODS)}; got {method!r}")
     before, held = int(config.max_position_embeddings), copy.deepcopy(config.rope_parameters)
     far = held if "rope_type" in held else held.get("full_attention")
-    if far is None:
+    if far is None and "full_attention" not in held:
         raise UnsupportedModelError(
             f"{config.model_type} has rotary positions of several sorts ({', '.join(held)}), which cannot be lengthened yet"
         )
@@ -57,9 +57,13 @@ def longer_rotary(config: Any, max_length: int, method: str | None) -> dict[str,
         return fields
     for sort in _sorts(held):
         _keep(sort, before)
-    kind, factor = far["rope_type"], max_length / before
     if method == "none":
         return fields
+    if far is None:
+        raise ValueError(
+            f"positions={method!r} has nothing to scale: layers that read far have none; give positions='none'"
+        )
+    kind, factor = far["rope_type"], max_length / before
     if kind != "default":
         raise ValueError(
             f"positions={method!r} scales rotary positions, and those of this checkpoint are scaled already (rope_type "

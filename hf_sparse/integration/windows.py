@@ -27,6 +27,9 @@ def window_of(config: Any, layer: int, *, is_causal: bool) -> int | None:
 def windowed_layers(config: Any) -> tuple[int, ...]:
     """Return the layers that have a sliding window, in a model where others have none; no layer where all are alike."""
     kinds = list(getattr(config, "layer_types", None) or ())
+    if set(kinds) - {"sliding_attention", "full_attention"}:
+        # layers without attention have no number among those that a pattern can be named for
+        return ()
     found = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
     has_window = getattr(config, "sliding_window", None) is not None
     return found if has_window and len(found) < len(kinds) else ()
