@@ -161,6 +161,9 @@ def _gather_backward(
         delta -= grad_lse
     tensors = (query, key, value, nothing if label_scores is None else label_scores)
     grads = [torch.zeros_like(t, dtype=exact) for t in tensors]
+    if grads[3].dim() == 2:
+        # millions of pairs may add up in one entry of a bias by distance
+        grads[3] = grads[3].double()
     for batch, q_tokens, k_tokens, scope, plan in plans:
         inputs = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])

@@ -87,7 +87,7 @@ class Sheet:
 
     def add_to_head(self, total: Tensor, names: Tensor, grads: Tensor) -> None:
         """Add ``[X, T, S]`` to the entries of ``[H, W]`` that ``of_head`` gave."""
-        held = grads.unflatten(0, (-1, self.heads.stop - self.heads.start)).sum(0).flatten(1)
+        held = grads.unflatten(0, (-1, self.heads.stop - self.heads.start)).sum(0).flatten(1).to(total.dtype)
         total[self.heads].scatter_add_(1, names.flatten().expand_as(held), held)
 
     def merge(self, _piece: Work, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -208,7 +208,7 @@ class Head:
     def add_to_head(self, total: Tensor, names: Tensor, grads: Tensor) -> None:
         """Add ``[X, T, S]`` to the entries of ``[H, W]`` that ``of_head`` gave."""
         held = grads if len(names) == len(grads) else grads.sum(0)
-        total[self.head].index_add_(0, names.flatten(), held.flatten())
+        total[self.head].index_add_(0, names.flatten(), held.flatten().to(total.dtype))
 
     def merge(self, piece: Work, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """Add what a piece gave to ``out`` and ``lse``."""

@@ -48,7 +48,11 @@ IMAGES["beit"] = {"use_absolute_position_embeddings": True, "use_relative_positi
 FAMILIES = {**ENCODERS, **DECODERS, **PAIRS, **IMAGES}
 # what a model holds and this pass does not use, or never learns
 UNUSED = ("pooler", "post_layernorm", "mask_token", "embed_positions")
-every_family = pytest.mark.parametrize("model_type", FAMILIES)
+# their code is that of another, and other tests convert them as well
+KIN = ("camembert", "xlm-roberta", "mt5", "qwen3", "dinov2_with_registers")
+every_family = pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=pytest.mark.slow if name in KIN else ()) for name in FAMILIES]
+)
 
 
 @dataclass(frozen=True)

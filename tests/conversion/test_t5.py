@@ -18,7 +18,7 @@ import hf_sparse
 from hf_sparse import UnsupportedModelError
 from hf_sparse.conversion import Count
 from tests.support.masked_models import under_a_mask
-from tests.support.rounding import assert_within_rounding
+from tests.support.rounding import assert_same_maths, assert_within_rounding
 from tests.support.zoo import inputs_of, said_of, tiny_of_type
 
 BAND = hf_sparse.pattern("band", radius=4)
@@ -86,13 +86,14 @@ def test_gradients_of_the_bias_are_those_of_the_dense_model(tmp_path: Path) -> N
         model.zero_grad()
         return [grad.clone() for grad in found if grad is not None]
 
-    got = gradients(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse").eval())
-    with under_a_mask(dense, lambda q, k: abs(q - k) <= 4) as masked:
-        plain, exact = gradients(masked), gradients(masked.double())
+    got = gradients(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse").double().eval())
+    with under_a_mask(dense.double(), lambda q, k: abs(q - k) <= 4) as masked:
+        exact = gradients(masked)
     assert len(got) == 2
-    for actual, oracle, rounded in zip(got, exact, plain, strict=True):
+    for actual, oracle in zip(got, exact, strict=True):
         assert actual.any()
-        assert_within_rounding(actual, oracle, rounded)
+        # all pairs of two rows of 40 tokens may add up in one bucket
+        assert_same_maths(actual, oracle, terms=2 * 40 * 40)
 
 
 def test_no_tensor_of_all_pairs_is_made(tmp_path: Path) -> None:
@@ -107,22 +108,21 @@ def test_no_tensor_of_all_pairs_is_made(tmp_path: Path) -> None:
     assert seen.numbers < tokens * 300
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_with_a_cache_equals_recomputing_every_token(tmp_path: Path, cache: str) -> None:
+def test_generation_with_a_cache_equals_recomputing_every_token(tmp_path: Path) -> None:
     write_t5(tmp_path / "dense")
     hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", LONGFORMER)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse").eval()
     model.generation_config.update(eos_token_id=None, decoder_start_token_id=0)
     read = {name: value for name, value in inputs_of(model).items() if not name.startswith("decoder")}
-    kept = {"cache_implementation": "static"} if cache == "static" else {}
-    # past the last bucket
-    got = model.generate(**read, max_new_tokens=30, do_sample=False, num_beams=1, **kept)
     ids = torch.zeros(2, 1, dtype=torch.int64)
-    for _ in range(30):
+    # past the last bucket
+    for _ in range(23):
         with torch.no_grad():
             said = model(**read, decoder_input_ids=ids, use_cache=False).logits
         ids = torch.cat([ids, said[:, -1:].argmax(-1)], 1)
-    assert torch.equal(got, ids)
+    settings = {"max_new_tokens": 23, "do_sample": False, "num_beams": 1}
+    for kept in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(**read, **settings, **kept), ids)
 
 
 def test_the_encoder_alone_follows_the_layers_of_the_encoder(tmp_path: Path) -> None:
