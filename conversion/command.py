@@ -28,7 +28,7 @@ def convert_command(
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", help="Longest text, in tokens; the positions are tiled. [default: the source's]"),
+        typer.Option("--max-length", help="Longest text, in tokens. [default: the source's]"),
     ] = None,
     image_size: Annotated[
         str | None,
@@ -41,7 +41,8 @@ def convert_command(
         str | None,
         typer.Option(
             "--positions",
-            help="How rotary positions reach --max-length: none, linear, ntk or yarn. [default: none, as they are]",
+            help="How positions reach --max-length. A learned table: tile or interpolate [default: tile]. Rotary ones: none, "
+            "linear, ntk, yarn or dynamic [default: none, as they are].",
         ),
     ] = None,
     layers: Annotated[

@@ -220,9 +220,10 @@ def candidates(layer: Layer, budget: float, length: int, longest: int) -> list[P
 
 
 def _stays_inside(pattern: Pattern, layer: Layer, longest: int) -> bool:
-    """Say whether a pattern reads nothing that a causal layer's own sliding window leaves out."""
+    """Say whether a pattern reads nothing that a layer's own sliding window leaves out."""
     try:
-        check_window(pattern, layer.window, heads=layer.heads, layer=layer.index, length=longest, where="")
+        scope: dict[str, Any] = {"heads": layer.heads, "layer": layer.index, "length": longest}
+        check_window(pattern, layer.window, is_causal=layer.is_causal, where="", **scope)
     except ValueError:
         return False
     return True

@@ -1,6 +1,6 @@
 """What a checkpoint becomes: its sparse config, its classes, and the names of the weights it gains."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.density import Layer, layer_of, mean_density
 from hf_sparse.integration.entry import Entry, make_entry, read_entry
+from hf_sparse.integration.families import FAMILIES, Family, family_of, parts_of
 from hf_sparse.integration.layers import check_entry, projections, self_attention_modules
 from hf_sparse.integration.nodes import Nodes
-from hf_sparse.integration.positions import limits
+from hf_sparse.integration.positions import METHOD_FIELD, limits
 from hf_sparse.integration.sparsify import sparse_config
-from hf_sparse.integration.support import FAMILIES, Family, check_obeys
+from hf_sparse.integration.support import check_dispatches, check_obeys
 from hf_sparse.integration.vision import image_pixels, vision_family_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
@@ -82,13 +83,18 @@ class Target:
 
     def is_table(self, name: str) -> bool:
         """Say whether a weight, by its name in the class or in the checkpoint, is a table of positions."""
-        suffix = FAMILIES[self.model_type].positions
+        suffix = family_of(self.dense_config).positions
         return bool(suffix) and f".{name}".endswith(f".{suffix}")
+
+    @property
+    def has_sines(self) -> bool:
+        """Whether its tables of positions are sines and cosines, which the model can make by itself."""
+        return getattr(family_of(self.dense_config), "kind", "") == "sinusoidal"
 
     def is_buffer(self, name: str) -> bool:
         """Say whether a tensor of the checkpoint is a buffer that older versions saved and no model reads."""
-        family = FAMILIES[self.model_type]
-        return isinstance(family, Family) and name.endswith(family.buffers)
+        family = family_of(self.dense_config)
+        return isinstance(family, Family) and bool(family.buffers) and name.endswith(family.buffers)
 
     @property
     def beside(self) -> str:
@@ -129,6 +135,8 @@ class Target:
             separator: id of the tokenizer's separator, for a config that does not name it; or None.
         """
         fields = limits(self.config)
+        if hasattr(self.config, METHOD_FIELD):
+            fields[METHOD_FIELD] = getattr(self.config, METHOD_FIELD)
         # a second name of a limit would be read as well
         second = {name for name, own in self.config.attribute_map.items() if own in fields}
         if "rope_parameters" in fields:
@@ -165,12 +173,12 @@ def plan_target(
     entry = make_entry(pattern, layers)
     dense_config = _read_config(checkpoint)
     classes = _dense_classes(checkpoint, dense_config)
-    family = FAMILIES.get(dense_config.model_type)
-    if family is None:
-        raise _not_convertible(classes[0], dense_config)
-    if isinstance(family, Family):
+    if not parts_of(dense_config):
+        _check(check_dispatches, classes[0], dense_config)
+    family = family_of(dense_config)
+    if isinstance(family, Family) and family.kind == "learned":
         _check_positions(checkpoint, dense_config, counts_from_padding=family.counts_from_padding)
-    check_obeys(classes[0], dense_config)
+    _check(check_obeys, classes[0], dense_config)
     wanted: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
     config = sparse_config(dense_config, pattern, layers=layers, **wanted)
     # on the meta device: names and shapes without memory
@@ -178,6 +186,7 @@ def plan_target(
     with torch.device("meta"):
         model = sparse_model_class(classes[0])(config)
         dense = classes[0](dense_config)
+    copies = _copies(model)
     modules = self_attention_modules(model)
     length = family.length(config)
     check_entry(entry, modules, config, length=length)
@@ -192,13 +201,13 @@ def plan_target(
         layers=tuple(layer_of(stack, index, module, config) for stack, index, _, module in modules),
         length_before=family.length(dense_config),
         length=length,
-        copies=_copies(model),
+        copies=copies,
         fresh={
             f"{path}.{name}": tuple(weight.shape)
             for path, module in model.named_modules()
             if isinstance(module, Nodes | RelativeLabels | GlobalProjections)
             for name, weight in module.named_parameters()
-            if not isinstance(module, GlobalProjections) or name.startswith(module.zeros)
+            if f"{path}.{name}" not in copies
         },
         centroids={
             f"{path}.{name}": tuple(buffer.shape)
@@ -218,8 +227,8 @@ def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         said = f"names the model type {model_type!r}, which" if model_type else "names no model_type, which"
         raise UnsupportedModelError(
-            f"{checkpoint.name}: config.json {said} this transformers ({transformers.__version__}) cannot load; convertible: "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"{checkpoint.name}: config.json {said} this transformers ({transformers.__version__}) cannot load; "
+            "hf-sparse support lists what converts"
         )
     try:
         return AutoConfig.from_pretrained(checkpoint.folder)
@@ -244,31 +253,26 @@ def _dense_classes(checkpoint: Checkpoint, config: PreTrainedConfig) -> list[Any
     base: Any = AutoModel._model_mapping.get(type(config), None)
     if base is None:
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} cannot be converted: transformers has no base model for it; convertible: "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"model type {config.model_type!r} cannot be converted: transformers has no base model for it; "
+            "hf-sparse support lists what converts"
         )
     return list(base) if isinstance(base, (tuple, list)) else [base]
 
 
-def _not_convertible(dense: type[PreTrainedModel], config: PreTrainedConfig) -> UnsupportedModelError:
-    """Return why a model type that has no row in the table cannot be converted."""
-    known = f"convertible: {', '.join(sorted(FAMILIES))}"
+def _check(check: Callable[[Any, Any], None], dense: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Check that a model would obey a pattern; where no row tells about it, a tiny copy that does not run is a refusal too."""
     try:
-        check_obeys(dense, config)
+        check(dense, config)
     except UnsupportedModelError as error:
-        return UnsupportedModelError(f"{error}; {known}")
-    # the check makes a tiny copy of any model there is: where that fails the type is unknown to us
-    except Exception:
-        return UnsupportedModelError(f"model type {config.model_type!r} cannot be converted; {known}")
-    if getattr(config, "relative_attention_num_buckets", None):
-        return UnsupportedModelError(
-            f"model type {config.model_type!r} cannot be converted: it adds a learned bias for every pair of tokens to its "
-            f"attention (relative_attention_num_buckets), which sparse attention does not serve; {known}"
-        )
-    return UnsupportedModelError(
-        f"model type {config.model_type!r} cannot be converted yet: how it stores positions is not in the table; "
-        f"hf_sparse.sparsify_ can make it sparse in memory; {known}"
-    )
+        raise UnsupportedModelError(f"{error}; hf-sparse support lists what converts") from error
+    except Exception as error:
+        if config.model_type in FAMILIES:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} cannot be converted: a tiny copy, which would show whether it obeys a pattern, "
+            f"does not run ({reason}); hf-sparse support lists what converts"
+        ) from error
 
 
 def _check_positions(checkpoint: Checkpoint, config: Any, *, counts_from_padding: bool) -> None:
@@ -286,7 +290,10 @@ def _check_positions(checkpoint: Checkpoint, config: Any, *, counts_from_padding
 
 
 def _copies(model: nn.Module) -> dict[str, str]:
-    """Return the weights that patterns own, each with the weight it starts as a copy of."""
+    """Return the weights that patterns own and that start as copies, each with the weight it is a copy of.
+
+    The others start as zeros, among them biases of which the layer has none.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     copies = {}
     for _, _, path, module in self_attention_modules(model):
@@ -297,12 +304,6 @@ def _copies(model: nn.Module) -> dict[str, str]:
         own = dict(zip(("query", "key", "value"), projections(module), strict=True))
         for key in state.state_dict():
             part, _, kind = key.rpartition(".")
-            if part in state.zeros:
-                continue
-            if part not in own or kind not in dict(own[part].named_parameters()):
-                raise ConversionError(
-                    f"{path}: the pattern owns the weight {key!r}, and conversion does not know what it starts as; "
-                    "use hf_sparse.sparsify_"
-                )
-            copies[f"{path}.sparse_state.{key}"] = f"{names[id(own[part])]}.{kind}"
+            if part not in state.zeros and kind in dict(own[part].named_parameters()):
+                copies[f"{path}.sparse_state.{key}"] = f"{names[id(own[part])]}.{kind}"
     return copies

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_sparse.conversion.target import Target
-from hf_sparse.errors import UnfinishedConversionError
+from hf_sparse.errors import UnfinishedConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.entry import Entry
+from hf_sparse.integration.families import FAMILIES
+from hf_sparse.integration.positions import METHOD_FIELD, lengthen_
 
 # larger differences, against the largest output, are no rounding of float32
 _TOLERANCE = 1e-3
@@ -72,11 +74,13 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
 
     Raises:
         UnfinishedConversionError: if the two differ by more than rounding.
+        UnsupportedModelError: if the source cannot read texts as long as its config says.
     """
     size = target.image_size
     if size is not None and target.length > _MOST_PATCHES:
         return None, f"not compared: {target.length:,} tokens an image are too many for the dense source"
-    tokens = target.length if size is not None else _compared_tokens(target)
+    is_text = target.dense_class.main_input_name == "input_ids"
+    tokens = _compared_tokens(target) if is_text else target.length
     try:
         opened = Entry(
             target.entry.pattern.wide_open(tokens),
@@ -91,17 +95,26 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
         )
     dense_config, config = copy.deepcopy(target.dense_config), copy.deepcopy(target.config)
     config.sparse_attention = opened.to_dict()
-    if size is None and dense_config.pad_token_id is None:
+    if size is None and getattr(dense_config, "pad_token_id", None) is None:
         # a head that classifies a batch of texts asks where each ends
         dense_config.pad_token_id = config.pad_token_id = _PADDING
     if hasattr(config, "rope_parameters"):
         # scaled rotary positions say something else of short texts too: the source is read with the same ones
         dense_config.rope_parameters = copy.deepcopy(config.rope_parameters)
-    inputs = _texts(target, tokens) if size is None else _images(target, size)
+    inputs = _inputs(target, tokens)
     marks = _marks_global(target, inputs.get("attention_mask", torch.ones(2, tokens)))
     asks = {} if size is None else _asks_to_interpolate(target)
     with quietly(), torch.random.fork_rng(devices=[]):
-        want, is_whole = _outputs(target.dense_class, source, dense_config, {**inputs, **asks})
+        longer = config if hasattr(config, METHOD_FIELD) else None
+        try:
+            want, is_whole = _outputs(target.dense_class, source, dense_config, {**inputs, **asks}, longer)
+        except IndexError as error:
+            if target.model_type in FAMILIES:
+                raise
+            raise UnsupportedModelError(
+                f"{target.model_type} reads fewer tokens than the {tokens} of its config (max_position_embeddings): where "
+                "its positions begin is not in the table of families"
+            ) from error
         got, _ = _outputs(sparse_model_class(target.dense_class), destination, config, {**inputs, **marks})
     # weights that the source lacks are random in both: only what stands before the head can be compared
     names = [name for name in want if name in got and (is_whole or name == "last_hidden_state")]
@@ -115,7 +128,7 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
                 "pattern wide open, so nothing was kept; please report this with the name of the checkpoint"
             )
         largest = max(largest, difference)
-    kind = "texts of up to" if size is None else "images of"
+    kind = "texts of up to" if is_text else "sounds of" if size is None else "images of"
     return largest, f"{' and '.join(names)} on 2 {kind} {tokens} tokens, float32"
 
 
@@ -124,18 +137,34 @@ def _compared_tokens(target: Target) -> int:
     return max(min(_MOST_TOKENS, target.length_before, *(window - 1 for window in target.windows)), 1)
 
 
+def _inputs(target: Target, tokens: int) -> dict[str, Tensor]:
+    """Return what both models read: two images, two sounds, or two texts of a length."""
+    if target.image_size is not None:
+        return _images(target, target.image_size)
+    texts = _texts(target, tokens)
+    if target.dense_class.main_input_name != "input_features":
+        return texts
+    config: Any = target.dense_config
+    generator = torch.Generator().manual_seed(0)
+    # a sound has always the same length
+    features = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+    said = {"decoder_input_ids": texts["input_ids"][:, : config.max_target_positions]}
+    return {"input_features": features, **said}
+
+
 def _texts(target: Target, tokens: int) -> dict[str, Tensor]:
     """Return two random texts, the second padded for two fifths of its length."""
     config = target.dense_config
     generator = torch.Generator().manual_seed(0)
-    padding = config.pad_token_id if isinstance(config.pad_token_id, int) else _PADDING
+    padding = getattr(config, "pad_token_id", None)
+    padding = padding if isinstance(padding, int) else _PADDING
     # any token but the padding one, from which RoBERTa reads where the padding is
     ids = torch.randint(0, max(config.vocab_size - 1, 1), (2, tokens), generator=generator)
     ids = ids + (ids >= padding)
     mask = torch.ones(2, tokens, dtype=torch.int64)
     mask[1, max(1, 3 * tokens // 5) :] = 0
     ids = torch.where(mask == 0, torch.tensor(padding), ids)
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         # BART classifies what the only end of each text became
         ids[ids == config.eos_token_id] = next(i for i in range(3) if i not in (padding, config.eos_token_id))
         ids[torch.arange(2), mask.sum(1) - 1] = config.eos_token_id
@@ -165,8 +194,13 @@ def _marks_global(target: Target, marks: Tensor) -> dict[str, Tensor]:
     return {"global_attention_mask": marks}
 
 
-def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
-    """Return what a model says, of texts of the real tokens, and whether the checkpoint holds all its weights."""
+def _outputs(
+    cls: Any, folder: Path, config: Any, inputs: dict[str, Any], longer: Any = None
+) -> tuple[dict[str, Tensor], bool]:
+    """Return what a model says, of texts of the real tokens, and whether the checkpoint holds all its weights.
+
+    Positions that were interpolated say something else of short texts too: with ``longer`` those of the source are as well.
+    """
     config.use_cache = False
     # a pattern opened wide may have fewer centroids than the checkpoint
     settings = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -174,6 +208,8 @@ def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Any]) -> tup
     for name, held, wanted in found["mismatched_keys"]:
         if ".sparse_state." not in name:
             raise UnfinishedConversionError(f"{name} has shape {list(held)} where {list(wanted)} is wanted")
+    if longer is not None:
+        lengthen_(model, longer)
     model.eval()
     padding = inputs.get("attention_mask")
     if padding is not None and "mc_token_ids" in inspect.signature(cls.forward).parameters:
@@ -181,6 +217,9 @@ def _outputs(cls: Any, folder: Path, config: Any, inputs: dict[str, Any]) -> tup
         inputs = {**inputs, "mc_token_ids": padding.sum(1) - 1}
     if cls.__name__.endswith("ForMultipleChoice"):
         inputs = {name: value[:, None] for name, value in inputs.items()}
+    if "decoder_input_ids" in inspect.signature(cls.forward).parameters and "input_ids" in inputs:
+        # not every model makes them of its input
+        inputs = {**inputs, "decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": padding}
     with torch.no_grad():
         said = model(**inputs, output_hidden_states=True)
     outputs = {name: value for name, value in said.items() if isinstance(value, Tensor) and value.is_floating_point()}

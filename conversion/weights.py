@@ -17,7 +17,7 @@ from hf_sparse.conversion.shards import Piece, StoredTensor, cut, header_of
 from hf_sparse.conversion.source import INDEX, Checkpoint
 from hf_sparse.conversion.target import Target
 from hf_sparse.errors import ConversionError
-from hf_sparse.integration.positions import longer_table
+from hf_sparse.integration.positions import longer_table, only_moves_rows
 
 # types whose numbers can be interpolated
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -129,8 +129,10 @@ def _check_whole(checkpoint: Checkpoint, target: Target, spelling: Spelling) -> 
                     f"{checkpoint.name}: {held.name} has shape {list(held.shape)}, but by config.json it has {list(shape)}; "
                     "set the config right"
                 )
-        # a head may start anew, and so may the pooler that some heads have
-        elif (is_bare or name.startswith(target.base_prefix)) and "pooler." not in name and name not in target.tied:
+        # a head may start anew, and so may the pooler that some heads have; sines need not be stored
+        elif (is_bare or name.startswith(target.base_prefix)) and not (
+            "pooler." in name or name in target.tied or (target.has_sines and target.is_table(name))
+        ):
             lacking.append(name)
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -169,15 +171,15 @@ def _zeros(size: int) -> Iterator[bytes]:
 
 
 def _lengthen(tensor: StoredTensor, checkpoint: Checkpoint, target: Target) -> Piece:
-    is_text, shape = target.image_size is None, target.table_shape
-    if not is_text and tensor.dtype not in _DTYPES:
+    is_moved, shape = only_moves_rows(target.config), target.table_shape
+    if not is_moved and tensor.dtype not in _DTYPES:
         raise ConversionError(f"{checkpoint.name}: {tensor.name} has type {tensor.dtype}, which cannot be interpolated")
     size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
 
     def chunks() -> Iterator[bytes]:
         held = torch.frombuffer(bytearray().join(tensor.chunks()), dtype=torch.uint8)
-        # of text as bytes, so that every type is moved and none is rounded
-        held = held.view(tensor.shape[0], -1) if is_text else held.view(_DTYPES[tensor.dtype]).view(tensor.shape)
+        # as bytes where rows only move, so that every type is moved and none is rounded
+        held = held.view(tensor.shape[0], -1) if is_moved else held.view(_DTYPES[tensor.dtype]).view(tensor.shape)
         table = longer_table(held, target.dense_config, target.config)
         yield from cut(table.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 

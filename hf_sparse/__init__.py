@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hf_sparse.attention import sparse_attention
 from hf_sparse.choice import explain
 from hf_sparse.errors import ConversionError, HfSparseError, PushError, UnsupportedModelError
+from hf_sparse.integration.adapters import lora_targets
 from hf_sparse.integration.auto import register_configs
 from hf_sparse.integration.calibrate import calibrate_
 from hf_sparse.integration.imitate import imitate_
@@ -56,13 +57,14 @@ def convert(
         source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
         destination: the folder to write; must not exist or be empty unless ``overwrite``.
         pattern: serves every layer not named in ``layers``.
-        max_length: tokens of the longest text wanted; a table of positions is then tiled, and every limit of length in the
-            files beside is raised. None keeps the length.
+        max_length: tokens of the longest text wanted; tables of positions then become longer, and every limit of length in
+            the files beside is raised. None keeps the length.
         image_size: for a model that reads images, in the place of ``max_length``: pixels of the largest image wanted, or
             its (height, width). The positions are then interpolated, and the sizes of the image processor raised.
-        positions: how rotary positions, which have no table, reach ``max_length``: "none" (None as well) leaves them as they
-            are, which suits patterns that read no farther than the source was trained on; "linear", "ntk" and "yarn" scale
-            them, and wait for some training.
+        positions: how positions reach ``max_length``. A learned table repeats ("tile", None as well), or its rows move apart
+            and those between are interpolated ("interpolate"). Rotary positions stay as they are ("none", None as well), which
+            suits patterns that read no farther than the source was trained on, or are scaled: "linear", "ntk", "yarn" and
+            "dynamic". What moves or scales positions waits for some training.
         layers: maps a layer ("3" or a number; "encoder.3" or "decoder.3" where there are both) to a pattern or to "dense".
         calibrate: a plain text in UTF-8, read as one text whatever its lines are and cut into pieces as long as the
             destination's longest text; of a long one the first 32,768 tokens. Where the pattern is ``routing`` its
@@ -236,6 +238,7 @@ __all__ = [
     "imitate_",
     "inspect_fidelity",
     "keep_nodes",
+    "lora_targets",
     "pattern",
     "pattern_from_dict",
     "plan_layers",

@@ -17,6 +17,7 @@ from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.projections import GlobalProjections, RelayProjections
+from hf_sparse.score_terms import ScoreTerms
 from hf_sparse.shapes import check_attention_inputs, check_token_mask
 
 
@@ -39,6 +40,7 @@ def sparse_attention(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     bias: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     head_offset: int = 0,
@@ -75,8 +77,10 @@ def sparse_attention(
         query_positions: int64 ``[B, T]``, logical; needed where queries are not the last ``T`` of the keys.
         key_positions: int64 ``[B, S]``, logical, where the keys are a kept subset.
         bias: float, broadcastable to ``[B, H, T, S]``, added to the scores. Backend "dense" alone serves it.
-        softcap: caps the scores by ``softcap * tanh(scores / softcap)``. Backend "dense" alone serves it.
-        sinks: float ``[H]``, a score of each head that gives nothing. Backend "dense" alone serves it.
+        distance_bias: float ``[H, 2 * M + 1]``, added to the scores by how far the key stands from the query (key less query),
+            for distances from -M to M; what is farther counts as M away. Backends "gather" and "dense" serve it.
+        softcap: caps the scores by ``softcap * tanh(scores / softcap)``. Backends "gather" and "dense" serve it.
+        sinks: float ``[H]``, a score of each head that gives nothing. Backends "gather" and "dense" serve it.
         head_offset: index of the first head held here, for tensor or sequence parallel ranks.
         num_heads: heads of the whole layer, where others hold some; BigBird's published draw depends on it.
         training: whether this is training, where a content-based pattern adds its noise and its state follows the tokens.
@@ -98,11 +102,11 @@ def sparse_attention(
         key_padding_mask = None
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     tokens, dtype = query.shape[2], query.dtype
+    terms = ScoreTerms(bias, distance_bias, softcap, sinks)
+    terms.check(query, pattern)
     if pattern.has_nodes:
         _check_nodes(pattern, query, key, document_ids, query_positions, state)
     if pattern.pools_nodes:
-        if bias is not None or softcap is not None:
-            raise ValueError(f"pattern {pattern.key!r} pools spans and does not serve bias or softcap")
         query, key, value = with_pooled_nodes(
             query, key, value, pattern, key_padding_mask=key_padding_mask, scale=scale
         )
@@ -110,12 +114,11 @@ def sparse_attention(
             None if mask is None else nn.functional.pad(mask, (0, key.shape[2] - tokens))
             for mask in (key_padding_mask, global_mask)
         )
-    only_dense = {"bias": bias, "softcap": softcap, "sinks": sinks}
     others = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, state)
     if return_lse and not pattern.has_lse:
         raise ValueError(f"pattern {pattern.key!r} averages blocks, so they have no common logsumexp")
     if pattern.is_content_based:
-        _check_content(pattern, backend, only_dense, query, key, query_positions, key_positions)
+        _check_content(pattern, backend, terms, query, key, query_positions, key_positions)
         call = ContentCall(
             key_padding_mask=key_padding_mask,
             global_mask=global_mask,
@@ -141,7 +144,7 @@ def sparse_attention(
         scope,
         query.device.type,
         can_flex=query.dtype != torch.float64 and min(query.shape[3], value.shape[3]) >= 16,
-        only_dense=tuple(name for name, given in only_dense.items() if given is not None),
+        terms=terms.names,
         is_plain=query.shape[2] == key.shape[2] and not return_lse and all(other is None for other in others),
         dropout=dropout,
     )
@@ -171,22 +174,23 @@ def sparse_attention(
         seed = _seed(dropout)
         if choice.backend == "dense":
             drawn = draw_edges(q, k, *masks, **settings, rows=rows, segment_ids=segment_ids)
-            added = {**only_dense}
+            added = terms.drawn_bias(q, k, *positions)
             if label_scores is not None:
                 names = draw_labels(k, key_padding_mask, document_ids, segment_ids, pattern.json, layer, is_causal)
                 term = label_scores.gather(3, names[:, None].expand(-1, q.shape[1], -1, -1))
-                added["bias"] = term if bias is None else bias + term
+                added = term if added is None else added + term
             words = None if seed is None else draw_words(seed, *q.shape[:3], k.shape[2], q.device)
-            return dense_attention(q, k, v, drawn, words, scale=scale, dropout=dropout, **added)
+            return dense_attention(q, k, v, drawn, words, scale=scale, dropout=dropout, bias=added, softcap=softcap)
         given = {**settings, "scale": scale, "dropout": dropout, "rows": rows}
         if choice.backend == "gather":
-            may_be_whole = backend == "auto" and label_scores is None
-            added = {"label_scores": label_scores, "segment_ids": segment_ids}
-            return gather_attention(q, k, v, *masks, seed, **given, may_be_whole=may_be_whole, **added)
+            given["may_be_whole"] = backend == "auto" and label_scores is None and terms.is_plain
+            given |= {"softcap": softcap or 0.0, "segment_ids": segment_ids}
+            scores = label_scores if distance_bias is None else distance_bias
+            return gather_attention(q, k, v, *masks, seed, **given, label_scores=scores)
         return cuda_backend(choice.backend)(q, k, v, *masks, seed, **given)
 
     if state is None:
-        out, lse = run(query, key, value, "all")
+        out, lse = terms.with_sinks(*run(query, key, value, "all"))
         if pattern.pools_nodes:
             out, lse = out[:, :, :tokens].to(dtype), lse[:, :, :tokens]
         return (out, lse) if return_lse else out
@@ -196,7 +200,7 @@ def sparse_attention(
         out = with_unused(out, state)
     else:
         rows = None
-        if backend == "auto" and not torch.compiler.is_compiling() and can_fold(state):
+        if backend == "auto" and terms.is_plain and not torch.compiler.is_compiling() and can_fold(state):
             rows = FewRows(pattern, scope, state, hidden_states, masks[:3])
         if rows is not None and rows.is_worth_it:
             out, lse = rows.put(out, lse, _seed(dropout), scale=scale, dropout=dropout)
@@ -205,13 +209,14 @@ def sparse_attention(
             q, k, v = projections(hidden_states)
             row_out, row_lse = run(q, k, v, "own")
             out, lse = put_rows(out, lse, projections.finish(row_out), row_lse)
+    out, lse = terms.with_sinks(out, lse)
     return (out, lse) if return_lse else out
 
 
 def _check_content(
     pattern: Pattern,
     backend: str,
-    only_dense: dict[str, Tensor | float | None],
+    terms: ScoreTerms,
     query: Tensor,
     key: Tensor,
     query_positions: Tensor | None,
@@ -221,7 +226,7 @@ def _check_content(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     refused = {f"backend {backend!r}; pass 'gather'": backend not in ("auto", "gather", "dense", "flex")}
-    refused |= {name: given is not None for name, given in only_dense.items()}
+    refused |= dict.fromkeys(terms.names, True)
     refused["cached decoding, since it looks at all queries of a sequence; pass use_cache=False"] = (
         query.shape[2] != key.shape[2] or query_positions is not None or key_positions is not None
     )

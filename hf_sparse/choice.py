@@ -88,7 +88,7 @@ def choose_backend(
     device: str,
     *,
     can_flex: bool,
-    only_dense: tuple[str, ...] = (),
+    terms: tuple[str, ...] = (),
     is_plain: bool,
     dropout: float,
 ) -> Choice:
@@ -100,7 +100,7 @@ def choose_backend(
         scope: of a sequence as long as the keys.
         device: type of the device the tensors are on.
         can_flex: whether dtype and widths suit the kernel of "flex".
-        only_dense: names of the arguments given that only "dense" serves.
+        terms: names of the terms of the scores that are given; see ``ScoreTerms``.
         is_plain: whether there is nothing but query, key and value of one length: no masks, positions or weights of the
             pattern, and no logsumexp wanted.
         dropout: probability of dropping an attention probability.
@@ -110,8 +110,11 @@ def choose_backend(
     """
     if asked not in BACKENDS:
         raise ValueError(f"unknown backend {asked!r}; known: {', '.join(BACKENDS)}")
-    if asked not in ("auto", "dense") and only_dense:
+    only_dense = tuple(name for name in terms if name == "bias")
+    if asked == "gather" and only_dense:
         raise ValueError(f"backend {asked!r} does not serve {', '.join(only_dense)}; pass backend='dense'")
+    if asked in ("flex", "varlen") and terms:
+        raise ValueError(f"backend {asked!r} does not serve {', '.join(terms)}; pass backend='auto'")
     if asked != "auto":
         return Choice(asked, "it was asked for")
     choice = Choice("gather", "blocks of queries beside blocks of keys")
@@ -122,12 +125,17 @@ def choose_backend(
         return choice
     # dense attention with dropout is slow on a CPU
     elif (
-        is_plain and not (dropout and device == "cpu") and not pattern.has_nodes and _allows_every_pair(pattern, scope)
+        is_plain
+        and not terms
+        and not (dropout and device == "cpu")
+        and not pattern.has_nodes
+        and _allows_every_pair(pattern, scope)
     ):
         choice = Choice("sdpa", f"the pattern allows every pair of {scope.length} tokens")
     elif (
         device == "cuda"
         and can_flex
+        and not terms
         and importlib.util.find_spec("triton")
         and serves(pattern, parts_of(pattern, scope))
     ):

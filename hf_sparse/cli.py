@@ -89,6 +89,31 @@ def patterns(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
 
 
 @app.command()
+def support(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List transformers' model types: which convert, which are refused and why, and which were never tried.
+
+    \b
+    Example:
+      hf-sparse support
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_sparse.integration.census import census
+
+    rows = census()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return
+    table = Table("model type", "status", "why, or how it comes to read longer inputs")
+    for row in rows:
+        table.add_row(row.model_type, row.status, row.reason)
+    Console().print(table)
+    counts = {status: sum(row.status == status for row in rows) for status in ("works", "refused", "not tried")}
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+
+
+@app.command()
 def show(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help=PATTERN_HELP)],
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,

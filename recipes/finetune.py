@@ -13,8 +13,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from hf_sparse.errors import RecipeError
+from hf_sparse.integration.families import family_of
 from hf_sparse.integration.hub import check_account
-from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import read_splits, some_of
 from hf_sparse.recipes.hub import push_run

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.errors import RecipeError
-from hf_sparse.integration.layers import self_attention_modules
+from hf_sparse.integration.adapters import lora_targets
 
 
 def add_lora(model: Any, rank: int) -> Any:
@@ -24,10 +23,8 @@ def add_lora(model: Any, rank: int) -> Any:
     except ImportError as error:
         raise RecipeError("--lora needs peft; pip install 'hf-sparse[peft]'") from error
     named = dict(model.named_modules())
-    inside = tuple(f"{path}." for _, _, path, _ in self_attention_modules(model))
+    adapted = lora_targets(model)
     # GPT-2 stores the weights of its own kind of linear layer the other way round
-    kinds = (nn.Linear, Conv1D)
-    adapted = [name for name, module in named.items() if isinstance(module, kinds) and name.startswith(inside)]
     is_turned = any(isinstance(named[name], Conv1D) for name in adapted)
     base = {name for name, module in named.items() if module is model.base_model}
     # a head that shares the weights of the embeddings stays as it is, but for its norms

@@ -88,7 +88,7 @@ def test_each_call_says_at_the_debug_level_what_it_chose(caplog: pytest.LogCaptu
     with caplog.at_level(logging.DEBUG, logger="hf_sparse"):
         hf_sparse.sparse_attention(*tensors, LONGFORMER)
         hf_sparse.sparse_attention(*tensors, LONGFORMER, return_lse=True)
-        hf_sparse.sparse_attention(*tensors, LONGFORMER, softcap=3.0)
+        hf_sparse.sparse_attention(*tensors, LONGFORMER, bias=torch.zeros(40, 40))
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["sdpa", "gather", "dense"]
     assert "longformer of 40 tokens" in caplog.text
 

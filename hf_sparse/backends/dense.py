@@ -142,7 +142,6 @@ def dense_attention(
     dropout: float = 0.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend under a mask; half precision is computed in float32.
 
@@ -156,7 +155,6 @@ def dense_attention(
         dropout: probability of dropping an attention probability.
         bias: float, broadcastable to ``[B, H, T, S]``, added to the scaled (and capped) scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
-        sinks: float ``[H]``, a score of each head that takes its share of the softmax and gives nothing.
 
     Returns:
         Output ``[B, H, T, Dv]`` in the dtype of the query, and logsumexp ``[B, H, T]``.
@@ -170,15 +168,10 @@ def dense_attention(
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(exact).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], -1)
     # a query that reads nothing: its row of -inf is set to 0 before, and its output to 0 after
     is_empty = (scores == float("-inf")).all(-1, keepdim=True)
     lse = scores.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True)
     probabilities = (scores - lse).exp().masked_fill(is_empty, 0.0)
-    if sinks is not None:
-        probabilities = probabilities[..., :-1]
     if words is not None:
         is_kept = mix(words[0][..., None], words[1]) < threshold(dropout)
         probabilities = probabilities * is_kept / (1 - dropout)

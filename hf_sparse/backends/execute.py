@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.backends.kernels import LOG2_E, Kernel, Scratch
-from hf_sparse.backends.labels import Labels
+from hf_sparse.backends.labels import Distances, Labels
 from hf_sparse.backends.lanes import Head, Sheet, Words
 from hf_sparse.tiles import Gather, Group, Plan, Run, Tile, Work, count
 
@@ -24,7 +24,7 @@ def run_forward(
     k: Tensor,
     v: Tensor,
     words: Words | None,
-    labels: Labels | None,
+    labels: Labels | Distances | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -67,7 +67,7 @@ def run_backward(
     kernel: Kernel,
     inputs: tuple[Tensor, Tensor, Tensor],
     words: Words | None,
-    labels: Labels | None,
+    labels: Labels | Distances | None,
     held: tuple[Tensor, Tensor, Tensor],
     sums: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
@@ -81,7 +81,7 @@ def run_backward(
         labels: as for ``run_forward``.
         held: gradient of the output, its sum of products with the output less the gradient of the logsumexp ``[B, H, T]``, and
             the logsumexp (``HUGE`` where a query reads nothing).
-        sums: where the gradients of query, key, value and label scores are added.
+        sums: where the gradients of query, key, value and label scores (or bias by distance) are added.
     """
     q, k, v = inputs
     grad_out, delta, lse = held
@@ -116,9 +116,10 @@ def run_backward(
                         lane.of_queries(piece, own_delta),
                         lane.of_queries(piece, top),
                     )
-                    lane.add_to_queries(piece, sums[0], grad_scores, keys, kernel.scale)
                     if labels is not None:
                         labels.add_gradient(lane, piece, sums[3], grad_scores)
+                    kernel.uncap_(grad_scores)
+                    lane.add_to_queries(piece, sums[0], grad_scores, keys, kernel.scale)
                     lane.add_to_keys(piece, grad_key, grad_scores, queries, 1 / LOG2_E)
                     lane.add_to_keys(piece, grad_value, weights, grads, 1.0)
             lane.close_sum(sums[1], grad_key)

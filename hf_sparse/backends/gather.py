@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_sparse.backends.dropout import draw_words
 from hf_sparse.backends.execute import HUGE, inner_products, run_backward, run_forward
 from hf_sparse.backends.kernels import Kernel, fused_backward, fused_forward, without_autocast
-from hf_sparse.backends.labels import Labels
+from hf_sparse.backends.labels import Distances, Labels
 from hf_sparse.backends.lanes import Words
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, parts_of, pattern_from_json
@@ -47,6 +47,7 @@ def gather_attention(
     num_heads: int,
     rows: str,
     may_be_whole: bool,
+    softcap: float = 0.0,
     label_scores: Tensor | None = None,
     segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,9 @@ def gather_attention(
         num_heads: heads of the whole layer.
         rows: "all" rows, "shared" ones or those of "own" projections; see ``make_plan``.
         may_be_whole: whether a short sequence may run in one tile under its whole mask, where that is faster.
-        label_scores: float ``[B, H, T, V]``, added to the score of a query and a key of each label, for patterns with labels.
+        softcap: caps the scores by ``softcap * tanh(scores / softcap)``; 0 leaves them as they are.
+        label_scores: float ``[B, H, T, V]``, added to the score of a query and a key of each label, for patterns with labels;
+            or ``[H, 2 * M + 1]``, added by how far the key stands from the query, for distances from -M to M and beyond.
         segment_ids: int ``[B, S]``, the tokens of each node, for patterns that take them.
 
     Returns:
@@ -82,10 +85,10 @@ def gather_attention(
     call = _Call(
         pattern_from_json(pattern), layer, is_causal, query.shape[1], head_offset, num_heads, rows, may_be_whole
     )
-    kernel, words = Kernel(scale, dropout), call.words(q, k, seed)
+    kernel, words = Kernel(scale, dropout, softcap), call.words(q, k, seed)
     masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, segment_ids)
     plans = list(call.plans(query, key, *masks))
-    tile = None if label_scores is not None else _whole(plans, q, k, v, dropout)
+    tile = None if softcap or label_scores is not None else _whole(plans, q, k, v, dropout)
     if tile is not None:
         out, lse = fused_forward(q, k, v, tile.mask, scale)
         return _laid_out(out, _by_token(query, value.shape[3])), lse.contiguous()
@@ -95,7 +98,7 @@ def gather_attention(
         held = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         results = out[batch, :, q_tokens], lse[batch, :, q_tokens]
-        labels = call.labels(label_scores, batch, q_tokens, scope, exact)
+        labels = call.labels(label_scores, batch, q_tokens, scope, exact, masks[3:5])
         run_forward(plan, kernel, *held, drawn, labels, *results)
         _put_back((out, lse), batch, q_tokens, results)
     return out.to(query.dtype), lse
@@ -132,6 +135,7 @@ def _gather_backward(
     num_heads: int,
     rows: str,
     may_be_whole: bool,
+    softcap: float = 0.0,
     label_scores: Tensor | None = None,
     segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -144,26 +148,29 @@ def _gather_backward(
     )
     masks = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, segment_ids)
     plans = list(call.plans(query, key, *masks))
-    is_plain = grad_lse is None and label_scores is None
+    is_plain = grad_lse is None and label_scores is None and not softcap
     tile = _whole(plans, q, k, v, dropout) if is_plain else None
     nothing = query.new_empty(0)
     if tile is not None:
         found = fused_backward(g, q, k, v, o, top, tile.mask, scale)
         dq, dk, dv = (_laid_out(grad, like) for grad, like in zip(found, (query, key, value), strict=True))
         return dq, dk, dv, nothing
-    kernel, words = Kernel(scale, dropout), call.words(q, k, seed)
+    kernel, words = Kernel(scale, dropout, softcap), call.words(q, k, seed)
     delta = inner_products(g, o)
     if grad_lse is not None:
         delta -= grad_lse
     tensors = (query, key, value, nothing if label_scores is None else label_scores)
     grads = [torch.zeros_like(t, dtype=exact) for t in tensors]
+    if grads[3].dim() == 2:
+        # millions of pairs may add up in one entry of a bias by distance
+        grads[3] = grads[3].double()
     for batch, q_tokens, k_tokens, scope, plan in plans:
         inputs = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
         drawn = None if words is None else (words[0][batch, :, q_tokens], words[1][k_tokens])
         held = g[batch, :, q_tokens], delta[batch, :, q_tokens], top[batch, :, q_tokens]
-        labels = call.labels(label_scores, batch, q_tokens, scope, exact)
+        labels = call.labels(label_scores, batch, q_tokens, scope, exact, masks[3:5])
         stands = (q_tokens, k_tokens, k_tokens, q_tokens)
-        # of label scores there may be none
+        # of label scores there may be none, and a bias by distance is for all rows
         dq, dk, dv, dl = (t[batch, :, at] if t.dim() == 4 else t for t, at in zip(grads, stands, strict=True))
         run_backward(plan, kernel, inputs, drawn, labels, held, (dq, dk, dv, dl))
         for grad, at, part in zip(grads, stands, (dq, dk, dv, dl), strict=True):
@@ -175,7 +182,9 @@ def _gather_backward(
 
 @_gather_backward.register_fake
 def _(_grad_out, _grad_lse, query, key, value, *_args):  # type: ignore[no-untyped-def]
-    label_scores = _args[-2] if isinstance(_args[-2], Tensor) else query.new_empty(0)
+    # the one before the last, where arguments that have their defaults are not left out
+    held = next((arg for arg in _args[-2:] if isinstance(arg, Tensor) and arg.is_floating_point()), None)
+    label_scores = query.new_empty(0) if held is None else held
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(label_scores)
 
 
@@ -237,11 +246,22 @@ class _Call:
         return None if seed is None else draw_words(seed, *query.shape[:3], key.shape[2], query.device)
 
     def labels(
-        self, scores: Tensor | None, batch: slice, at: Places, scope: Scope, exact: torch.dtype
-    ) -> Labels | None:
-        """Return the label scores of a sequence, whose tokens and nodes stand at ``at``."""
+        self,
+        scores: Tensor | None,
+        batch: slice,
+        at: Places,
+        scope: Scope,
+        exact: torch.dtype,
+        positions: tuple[Tensor | None, ...],
+    ) -> Labels | Distances | None:
+        """Return the label scores of a sequence, whose tokens and nodes stand at ``at``, or its bias by distance."""
         if scores is None:
             return None
+        if scores.dim() == 2:
+            queries = keys = torch.arange(scope.total, device=scores.device)
+            if positions[0] is not None and positions[1] is not None:
+                queries, keys = positions[0][batch.start], positions[1][batch.start]
+            return Distances(scores.to(exact), queries, keys)
         held = scores[batch, :, at].to(exact)
         return Labels(held, lambda q, k: self.pattern.label(q, k, scope), held.shape[2])
 

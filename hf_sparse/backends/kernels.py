@@ -61,11 +61,13 @@ class Kernel:
     Attributes:
         scale: factor of the scores.
         dropout: probability of dropping an attention probability, from 0 up to but not including 1.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before masks are added; 0 leaves them as they are.
         scratch: where scores are held.
     """
 
     scale: float
     dropout: float
+    softcap: float = 0.0
     scratch: Scratch = field(default_factory=Scratch)
 
     @property
@@ -102,7 +104,9 @@ class Kernel:
             next call.
         """
         scores = self._hold("scores", query, key)
-        if mask is None:
+        if self.softcap:
+            self._cap(scores, query, key, mask)
+        elif mask is None:
             torch.bmm(query, key.transpose(1, 2), out=scores)
         else:
             torch.baddbmm(mask, query, key.transpose(1, 2), out=scores)
@@ -144,18 +148,21 @@ class Kernel:
             lse: the logsumexp merged over all tiles ``[X, T]``; for a query that gets no gradient a huge number.
 
         Returns:
-            The gradient of the scores ``[X, T, S]``: times the keys and ``scale`` it is the gradient of the queries;
+            The gradient of the scores ``[X, T, S]``: after ``uncap_``, times the keys and ``scale`` it is that of the queries;
             transposed, times the queries as they are given here and over ``LOG2_E``, that of the keys. And the probabilities
             that were kept ``[X, T, S]``: transposed, times the gradient as it is given here, they are that of the values.
             Good until the next call.
         """
         probabilities = self._hold("scores", query, key)
         top = lse[..., None] * LOG2_E
-        if mask is None:
-            probabilities.copy_((-top).expand_as(probabilities))
+        if self.softcap:
+            self._cap(probabilities, query, key, mask).sub_(top).exp2_()
         else:
-            torch.sub(mask, top, out=probabilities)
-        probabilities.baddbmm_(query, key.transpose(1, 2)).exp2_()
+            if mask is None:
+                probabilities.copy_((-top).expand_as(probabilities))
+            else:
+                torch.sub(mask, top, out=probabilities)
+            probabilities.baddbmm_(query, key.transpose(1, 2)).exp2_()
         grad_scores = self._hold("grad_scores", query, key)
         if words is None:
             grad_scores.copy_((-delta)[..., None].expand_as(grad_scores))
@@ -165,6 +172,21 @@ class Kernel:
         torch.bmm(grad_out, value.transpose(1, 2), out=grad_scores)
         keep_(grad_scores, bits).sub_(delta[..., None]).mul_(probabilities)
         return grad_scores, keep_(probabilities, bits)
+
+    def uncap_(self, grad_scores: Tensor) -> Tensor:
+        """Turn what ``backward`` gave last, in place, from a gradient of capped scores into one of the products."""
+        if self.softcap:
+            grad_scores.mul_(self.scratch.take("slopes", tuple(grad_scores.shape), grad_scores))
+        return grad_scores
+
+    def _cap(self, scores: Tensor, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """Write capped scores under a mask, and the slope of the cap at each of them."""
+        cap = self.softcap * LOG2_E
+        torch.bmm(query, key.transpose(1, 2), out=scores).div_(cap).tanh_()
+        slopes = self._hold("slopes", query, key)
+        torch.mul(scores, scores, out=slopes).neg_().add_(1.0)
+        scores.mul_(cap)
+        return scores if mask is None else scores.add_(mask)
 
     def _hold(self, name: str, query: Tensor, key: Tensor) -> Tensor:
         return self.scratch.take(name, (*query.shape[:2], key.shape[1]), query)

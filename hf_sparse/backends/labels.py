@@ -1,4 +1,4 @@
-"""Labels: what a pattern adds to a score by the kind of the pair, from a table that training may change."""
+"""What is added to scores by the kind of a pair: learned labels of a pattern, or a bias by distance."""
 
 from collections.abc import Callable
 
@@ -40,9 +40,37 @@ class Labels:
 
     def _names(self, lane: Head | Sheet, piece: Work) -> Tensor:
         if piece not in self._held:
-            q, k = lane.positions(piece, self._position)
+            q, k = lane.positions(piece, self._position, self._position)
             names = self._label(q[:, :, None], k[:, None, :])
             if isinstance(piece, Run):
                 return names
             self._held[piece] = names.to(torch.int16)
         return self._held[piece].long()
+
+
+class Distances:
+    """A bias of each head by how far the key stands from the query; rows of a batch share it.
+
+    Args:
+        bias: float ``[H, 2 * M + 1]``, for the distances (key less query) from -M to M; what is farther counts as M away.
+        queries: int64 ``[T]``, where the queries stand.
+        keys: int64 ``[S]``, where the keys stand.
+    """
+
+    def __init__(self, bias: Tensor, queries: Tensor, keys: Tensor) -> None:
+        self._bias, self._most = bias * LOG2_E, bias.shape[1] // 2
+        self._queries, self._keys = queries, keys
+
+    def term(self, lane: Head | Sheet, piece: Work, mask: Tensor | None) -> Tensor:
+        """Return a piece's mask and bias as one term of the scores, ``[1 or X, T, S]`` in units of log 2."""
+        picked = lane.of_head(self._bias, self._names(lane, piece))
+        return picked if mask is None else picked + mask
+
+    def add_gradient(self, lane: Head | Sheet, piece: Work, total: Tensor, grad_scores: Tensor) -> None:
+        """Add what a piece's gradient of scores ``[X, T, S]`` gives to the gradient of the bias."""
+        lane.add_to_head(total, self._names(lane, piece), grad_scores)
+
+    def _names(self, lane: Head | Sheet, piece: Work) -> Tensor:
+        """Return which entry of the bias each pair has, int64 ``[1 or X, T, S]``."""
+        q, k = lane.positions(piece, self._queries, self._keys)
+        return (k[:, None, :] - q[:, :, None]).clamp_(-self._most, self._most).add_(self._most)

@@ -75,9 +75,20 @@ class Sheet:
         """Return the words of the dropout of a piece."""
         return None if words is None else (words[0], words[1][self.work.k][None])
 
-    def positions(self, _piece: Work, position: Tensor) -> tuple[Tensor, Tensor]:
+    def positions(self, _piece: Work, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return where a piece's queries ``[1, T]`` and keys ``[1, S]`` stand, given where all do."""
-        return position[self.work.q][None], position[self.work.k][None]
+        return queries[self.work.q][None], keys[self.work.k][None]
+
+    def of_head(self, table: Tensor, names: Tensor) -> Tensor:
+        """Return entries ``[X, T, S]`` of each head's row of a table ``[H, W]``, named by ``[1, T, S]``."""
+        picked = table[self.heads][:, names[0]]
+        rows = self.rows.stop - self.rows.start
+        return picked if rows == 1 else picked.repeat(rows, 1, 1)
+
+    def add_to_head(self, total: Tensor, names: Tensor, grads: Tensor) -> None:
+        """Add ``[X, T, S]`` to the entries of ``[H, W]`` that ``of_head`` gave."""
+        held = grads.unflatten(0, (-1, self.heads.stop - self.heads.start)).sum(0).flatten(1).to(total.dtype)
+        total[self.heads].scatter_add_(1, names.flatten().expand_as(held), held)
 
     def merge(self, _piece: Work, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """Add what a piece gave to ``out`` and ``lse``."""
@@ -181,14 +192,23 @@ class Head:
         """Return the words of the dropout of a piece."""
         return None if words is None else (self.of_queries(piece, words[0]), self.of_keys(piece, words[1]))
 
-    def positions(self, piece: Work, position: Tensor) -> tuple[Tensor, Tensor]:
+    def positions(self, piece: Work, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return where a piece's queries ``[X, T]`` and keys ``[X, S]`` stand, given where all do; X is 1 for a run.
 
         Of a run the first block stands for all, in which the distances are the same.
         """
         if isinstance(piece, Run):
             piece = next(piece.consecutive(1))
-        return self.of_queries(piece, position), self.of_keys(piece, position)
+        return self.of_queries(piece, queries), self.of_keys(piece, keys)
+
+    def of_head(self, table: Tensor, names: Tensor) -> Tensor:
+        """Return entries of this head's row of a table ``[H, W]``, in the shape of their names."""
+        return table[self.head][names]
+
+    def add_to_head(self, total: Tensor, names: Tensor, grads: Tensor) -> None:
+        """Add ``[X, T, S]`` to the entries of ``[H, W]`` that ``of_head`` gave."""
+        held = grads if len(names) == len(grads) else grads.sum(0)
+        total[self.head].index_add_(0, names.flatten(), held.flatten().to(total.dtype))
 
     def merge(self, piece: Work, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """Add what a piece gave to ``out`` and ``lse``."""

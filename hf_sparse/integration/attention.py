@@ -11,7 +11,7 @@ from hf_sparse.attention import sparse_attention
 from hf_sparse.integration.layers import LayerTag, is_cross_attention, tag_of
 from hf_sparse.integration.mask import SparseMask
 from hf_sparse.integration.windows import check_window
-from hf_sparse.patterns import Pattern
+from hf_sparse.patterns import Band, Pattern
 
 
 def attend(
@@ -51,10 +51,10 @@ def attend(
         document_ids: int ``[B, S]``, packed documents.
         segment_ids: int ``[B, S]``, the segments that nodes stand for.
         position_ids: int ``[B or 1, S]``; packing is read from their restarts where no mask tells it.
-        position_bias: as T5 passes it; refused by sparse layers.
+        position_bias: float ``[1, H, T, S]``, or ``[H, 2 * M + 1]`` for each distance, as T5 passes it in a sparse model.
         softcap: as Gemma 2 passes it.
         s_aux: attention sinks, as gpt-oss passes them.
-        sliding_window: the model's own; honoured where the layer is causal and its pattern stays inside, else refused.
+        sliding_window: the model's own; honoured where the pattern of the layer stays inside, else refused.
         head_offset: index of the first head held here, where ranks share a layer's heads.
         num_heads: heads of the whole layer; None where all are here.
 
@@ -86,10 +86,12 @@ def attend(
         raise ValueError(
             f"attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.padding.shape)}"
         )
+    terms = _terms(module, tag, position_bias, softcap, s_aux, slice(head_offset, head_offset + query.shape[1]))
     if tag.pattern is None:
-        if document_ids is not None and tag.stack != "cross":
+        is_cross = tag.stack == "cross"
+        if document_ids is not None and not is_cross:
             mask = dataclasses.replace(mask, document_ids=document_ids)
-        out = attend_densely(query, key, value, mask, window, dropout, scaling, position_bias, softcap, s_aux)
+        out = attend_densely(query, key, value, mask, window, dropout, scaling, terms, is_cross=is_cross)
         return out.transpose(1, 2).contiguous(), None
     hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
     if hidden_states is not None:
@@ -103,7 +105,7 @@ def attend(
         global_attention_mask = None
     global_mask = _read_global_mask(global_attention_mask, key, mask, query.shape[2])
     if window is not None:
-        _check_inside(module, tag, window, query, key, global_mask)
+        _check_inside(module, tag, mask, window, query, key, global_mask)
     query_positions, key_positions = mask.positions(key.shape[0], from_first=not tag.pattern.reads_padding)
     attended: Any = sparse_attention(
         query,
@@ -122,12 +124,10 @@ def attend(
         segment_ids=segment_ids,
         query_positions=query_positions,
         key_positions=key_positions,
-        bias=position_bias,
-        softcap=softcap,
-        sinks=s_aux,
         head_offset=head_offset,
         num_heads=num_heads,
         training=bool(getattr(module, "training", False)),
+        **terms,
     )
     return attended.transpose(1, 2).contiguous(), None
 
@@ -211,16 +211,52 @@ def read_mask(mask: SparseMask | Tensor | None, module: Any, is_causal: bool | N
     )
 
 
+def _terms(
+    module: Any,
+    tag: LayerTag,
+    position_bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    heads: slice,
+) -> dict[str, Any]:
+    """Return what a model adds to its scores, under the names that ``sparse_attention`` has for it.
+
+    Args:
+        module: the attention module.
+        tag: of the module.
+        position_bias: of every pair, or of every distance and all heads of the layer.
+        softcap: the model's cap.
+        sinks: the model's sinks.
+        heads: those that are held here.
+    """
+    if tag.stack == "cross" and not getattr(module, "has_relative_attention_bias", True):
+        # T5 passes zeros
+        position_bias = None
+    is_by_distance = position_bias is not None and position_bias.dim() == 2
+    return {
+        "bias": None if is_by_distance else position_bias,
+        "distance_bias": position_bias[heads] if is_by_distance else None,  # type: ignore[index]
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+
+
 def _refuse(module: Any, mask: SparseMask, window: int | None) -> None:
     refusal = mask.refusal
-    if window is not None and not mask.is_causal:
+    if window is not None and not mask.is_causal and mask.window is None:
         refusal = f"the model's own sliding window of {window} tokens"
     if refusal is not None:
         raise ValueError(f"{getattr(module, 'name', type(module).__name__)}: hf_sparse does not honour {refusal} yet")
 
 
 def _check_inside(
-    module: Any, tag: LayerTag, window: int, query: Tensor, key: Tensor, global_mask: Tensor | None
+    module: Any,
+    tag: LayerTag,
+    mask: SparseMask,
+    window: int,
+    query: Tensor,
+    key: Tensor,
+    global_mask: Tensor | None,
 ) -> None:
     """Refuse what would read beyond the model's own sliding window."""
     where, length = f"{getattr(module, 'name', type(module).__name__)}: layer {tag.index}", key.shape[2]
@@ -229,7 +265,8 @@ def _check_inside(
             f"{where} has a sliding window of {window} tokens of its own, which global tokens would read beyond; leave "
             "global_attention_mask out"
         )
-    check_window(tag.pattern, window, heads=query.shape[1], layer=tag.index, length=length, where=where)  # type: ignore[arg-type]
+    scope: dict[str, Any] = {"heads": query.shape[1], "layer": tag.index, "length": length}
+    check_window(tag.pattern, window, is_causal=mask.is_causal, where=where, **scope)  # type: ignore[arg-type]
 
 
 def _read_global_mask(mask: Tensor | None, key: Tensor, told: SparseMask, queries: int) -> Tensor | None:
@@ -292,34 +329,50 @@ def attend_densely(
     window: int | None,
     dropout: float,
     scaling: float | None,
-    position_bias: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    terms: dict[str, Any],
+    *,
+    is_cross: bool,
 ) -> Tensor:
-    """Return what torch's dense attention gives, float ``[B, H, T, Dv]``: cross-attention and layers declared dense do this.
+    """Attend as the dense layer does: cross-attention, and layers declared dense.
 
-    Raises:
-        ValueError: if there is a softcap or sinks, which it does not serve.
+    What torch's own attention has no argument for runs along a band: a sliding window of the model's own, a cap, sinks, and a
+    bias by distance.
     """
-    if softcap is not None or sinks is not None:
-        raise ValueError("a layer declared dense does not serve softcap or sinks; give it a pattern")
+    bias = terms.pop("bias")
+    if not is_cross and (window is not None or any(term is not None for term in terms.values())):
+        query_positions, key_positions = mask.positions(key.shape[0], from_first=True)
+        attended: Any = sparse_attention(
+            query,
+            key,
+            value,
+            Band(radius=(window or key.shape[2]) - 1),
+            is_causal=mask.is_causal,
+            key_padding_mask=mask.padding,
+            document_ids=mask.document_ids,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            scale=scaling,
+            dropout=dropout,
+            bias=bias,
+            **terms,
+        )
+        return attended
     allowed = None if mask.padding is None else mask.padding[:, None, None, :]
     if mask.is_causal:
-        causal = _causal(mask, query.shape[2], key.shape[2], window, key.device)
+        causal = _causal(mask, query.shape[2], key.shape[2], key.device)
         allowed = causal if allowed is None else allowed & causal
     if mask.document_ids is not None:
         same = mask.document_ids[:, None, :, None] == mask.document_ids[:, None, None, :]
         allowed = same if allowed is None else allowed & same
-    if position_bias is not None:
-        allowed = position_bias if allowed is None else position_bias.masked_fill(~allowed, float("-inf"))
+    if bias is not None:
+        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
     return nn.functional.scaled_dot_product_attention(
         query, key, value, allowed, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
-def _causal(mask: SparseMask, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which keys causality and a sliding window leave to each query, bool ``[T, S]``."""
+def _causal(mask: SparseMask, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return which keys causality leaves to each query, bool ``[T, S]``."""
     key_index = torch.arange(keys, device=device) if mask.key_index is None else mask.key_index
     query_index = key_index[keys - queries :] if mask.query_index is None else mask.query_index
-    lag = query_index[:, None] - key_index[None, :]
-    return lag >= 0 if window is None else (lag >= 0) & (lag < window)
+    return query_index[:, None] >= key_index[None, :]

@@ -21,7 +21,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.integration.attention import documents_of
+from hf_sparse.integration.buckets import give_distances_
 from hf_sparse.integration.entry import read_entry
+from hf_sparse.integration.families import FAMILIES
 from hf_sparse.integration.global_defaults import default_global_mask
 from hf_sparse.integration.layers import attach, self_attention_modules, start_states, tag_of
 from hf_sparse.integration.nodes import add_nodes, reset_nodes
@@ -29,7 +31,6 @@ from hf_sparse.integration.positions import lengthen_, limits
 from hf_sparse.integration.pushing import push_model
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.remote_code import auto_map_of, write_code
-from hf_sparse.integration.support import FAMILIES
 
 # what sparse attention takes beside a model's own inputs, all [batch, tokens]; and what else to do where it cannot be passed on
 _TOKEN_INPUTS = {
@@ -72,6 +73,7 @@ class SparseModelMixin:
     def post_init(self) -> None:
         entry = read_entry(self.config)  # type: ignore[attr-defined]
         self._sparse_fresh = attach(self, entry)  # type: ignore[arg-type]
+        give_distances_(self, NAME)  # type: ignore[arg-type]
         add_nodes(self, entry)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
         # weights that are not in a dense checkpoint are not missing: they start as copies
@@ -142,11 +144,11 @@ class SparseModelMixin:
             if key in kwargs
         }
         held, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-        if "sparse_attention" in held or config.dense_model_type not in FAMILIES:
+        family = FAMILIES.get(config.dense_model_type)
+        if "sparse_attention" in held or family is None or not family.positions:
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         before = CONFIG_MAPPING[config.dense_model_type].from_dict(held)
-        family = FAMILIES[config.dense_model_type]
-        if not family.positions or family.length(before) >= family.length(config):
+        if family.length(before) >= family.length(config):
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         short = copy.deepcopy(config)
         for field, value in limits(before).items():
@@ -160,7 +162,7 @@ class SparseModelMixin:
 def sparse_config_class(model_type: str) -> type[PreTrainedConfig]:
     """Return the sparse config class of a dense model type, registered with ``AutoConfig``."""
     dense = CONFIG_MAPPING[model_type]
-    name = f"sparse_{model_type.replace('-', '_')}"
+    name = _sparse_name(model_type)
     namespace = {"model_type": name, "dense_model_type": model_type, "__module__": __name__}
     cls = type(f"Sparse{dense.__name__}", (SparseConfigMixin, dense), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)
@@ -215,9 +217,29 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
 
 
 def register_configs() -> None:
-    """Register the sparse config of every known model type; model classes follow when a config is first used."""
-    for model_type in FAMILIES:
-        sparse_config_class(model_type)
+    """Let ``AutoConfig`` know the sparse config of every model type; model classes follow when a config is first used."""
+    if not isinstance(CONFIG_MAPPING._extra_content, _SparseConfigs):
+        CONFIG_MAPPING._extra_content = _SparseConfigs(CONFIG_MAPPING._extra_content)
+
+
+class _SparseConfigs(dict[str, type[PreTrainedConfig]]):
+    """What ``AutoConfig`` knows beside transformers' own types; sparse ones are made when they are first asked for."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in _dense_types()
+
+    def __missing__(self, name: str) -> type[PreTrainedConfig]:
+        return sparse_config_class(_dense_types()[name])
+
+
+@functools.cache
+def _dense_types() -> dict[str, str]:
+    """Return the dense model type of every sparse one."""
+    return {_sparse_name(model_type): model_type for model_type in CONFIG_MAPPING._mapping}
+
+
+def _sparse_name(model_type: str) -> str:
+    return f"sparse_{model_type.replace('-', '_')}"
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse.integration.layers import is_causal, num_heads_of
+from hf_sparse.integration.layers import is_causal, num_heads_of, numbered
 from hf_sparse.integration.windows import window_of
 from hf_sparse.patterns import Band, Pattern
 
@@ -33,8 +33,9 @@ class Layer:
 
 def layer_of(stack: str, index: int, module: nn.Module, config: Any) -> Layer:
     """Return what is to be known of a self-attention module, named as ``self_attention_modules`` does."""
-    window = window_of(config, index) if is_causal(module) else None
-    return Layer(stack, index, num_heads_of(module, config) or 1, is_causal(module), window)
+    causal = is_causal(module)
+    window = window_of(config, numbered(module, index), is_causal=causal)
+    return Layer(stack, index, num_heads_of(module, config) or 1, causal, window)
 
 
 def layer_density(pattern: Pattern | None, layer: Layer, length: int) -> float:
@@ -45,7 +46,7 @@ def layer_density(pattern: Pattern | None, layer: Layer, length: int) -> float:
         layer: whose heads read.
         length: tokens, at least 1.
     """
-    if pattern is None and not layer.is_causal:
+    if pattern is None and layer.window is None and not layer.is_causal:
         return 1.0
     if pattern is None:
         pattern = Band(radius=(layer.window or length) - 1)

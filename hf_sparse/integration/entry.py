@@ -31,11 +31,10 @@ class Entry:
         key = f"{stack}.{index}" if stack else str(index)
         return dict(self.layers).get(key, self.pattern)
 
-    def of_decoder(self) -> "Entry":
-        """Return the entry for the decoder of an encoder-decoder that stands alone, as in ``BartForCausalLM``."""
-        held = [
-            (key.removeprefix("decoder."), pattern) for key, pattern in self.layers if not key.startswith("encoder.")
-        ]
+    def of_stack(self, stack: str) -> "Entry":
+        """Return the entry for one stack of an encoder-decoder that stands alone, as in ``BartForCausalLM``."""
+        other = {"encoder": "decoder.", "decoder": "encoder."}[stack]
+        held = [(key.removeprefix(f"{stack}."), pattern) for key, pattern in self.layers if not key.startswith(other)]
         return Entry(self.pattern, tuple(held))
 
     def on_grid(self, prefix: int, height: int, width: int) -> "Entry":

@@ -87,10 +87,12 @@ def noting_kept(model: PreTrainedModel, patterns: Mapping[str, Sequence[Pattern 
         mask = read_mask(attention_mask, module, is_causal)
         window = sliding_window if mask.window is None else mask.window
         name = names.get(id(module))
-        if mask.refusal is not None or (window is not None and not mask.is_causal):
-            refused = mask.refusal or f"the model's own sliding window of {window} tokens"
+        capped = "a softcap" if softcap is not None else "sinks" if s_aux is not None else None
+        if mask.refusal is not None or capped is not None or (window is not None and not mask.is_causal):
+            refused = mask.refusal or capped or f"the model's own sliding window of {window} tokens"
             raise ValueError(f"{type(module).__name__}: what patterns keep cannot be told under {refused}")
-        out = attend_densely(query, key, value, mask, window, 0.0, scaling, position_bias, softcap, s_aux)
+        terms = {"bias": position_bias}
+        out = attend_densely(query, key, value, mask, window, 0.0, scaling, terms, is_cross=name is None)
         if name is not None:
             call = _Call(module, query, key, mask, window, scaling, position_bias, int(name.rpartition(".")[2]))
             kept.shares[name] = torch.stack([call.share(pattern) for pattern in patterns[name]])

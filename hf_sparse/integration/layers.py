@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.integration.buckets import has_buckets
 from hf_sparse.integration.entry import Entry
 from hf_sparse.integration.windows import check_window, window_of
 from hf_sparse.patterns import Pattern
@@ -112,7 +113,9 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
     """
     modules = self_attention_modules(model)
     if modules and all(not stack and "decoder" in name.split(".") for stack, _, name, _ in modules):
-        entry = entry.of_decoder()
+        entry = entry.of_stack("decoder")
+    elif modules and _is_encoder_alone(model.config, modules):
+        entry = entry.of_stack("encoder")
     check_entry(entry, modules, model.config)
     model.__dict__["_sparse_closed"] = closed_module(model)
     fresh = []
@@ -125,6 +128,12 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
         if dispatches(module) and is_cross_attention(name, module):
             set_tag(module, LayerTag(None, 0, "cross"))
     return fresh
+
+
+def _is_encoder_alone(config: Any, modules: list[tuple[str, int, str, nn.Module]]) -> bool:
+    """Say whether a model is the encoder of a type that has two stacks, as ``T5EncoderModel`` is."""
+    has_two = any(hasattr(config, field) for field in ("decoder_layers", "num_decoder_layers"))
+    return has_two and all(not stack and "encoder" in name.split(".") for stack, _, name, _ in modules)
 
 
 def check_entry(
@@ -146,10 +155,23 @@ def check_entry(
         if pattern is None or heads is None:
             continue
         pattern.check(num_layers=sum(other == stack for other, *_ in modules), num_heads=heads, length=length)
-        window = window_of(config, index) if is_causal(module) else None
-        longest = length or getattr(config, "max_position_embeddings", None) or (window or 0) + 1
         where = f"layer {index} of {getattr(config, 'dense_model_type', config.model_type)}"
-        check_window(pattern, window, heads=heads, layer=index, length=longest, where=where)
+        if has_buckets(module) and (pattern.is_content_based or pattern.has_nodes or pattern.num_labels):
+            raise UnsupportedModelError(
+                f"{where} adds a bias by distance to its scores, and pattern {pattern.key!r} does not serve one: it finds its "
+                "pairs by content, or has nodes or labels of its own; take another, or 'dense'"
+            )
+        causal = is_causal(module)
+        window = window_of(config, numbered(module, index), is_causal=causal)
+        longest = length or getattr(config, "max_position_embeddings", None) or (window or 0) + 1
+        scope: dict[str, Any] = {"is_causal": causal, "heads": heads, "layer": index, "length": longest}
+        check_window(pattern, window, where=where, **scope)
+
+
+def numbered(module: nn.Module, index: int) -> int:
+    """Return which layer of the config a self-attention module is: others may have no attention, and no number here."""
+    layer: int | None = getattr(module, "layer_idx", None)
+    return index if layer is None else layer
 
 
 def is_causal(module: nn.Module) -> bool:
@@ -205,6 +227,11 @@ def _own_state(module: nn.Module, pattern: Pattern) -> bool:
         return False
     if pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is None:
         return False
+    if next(iter(inspect.signature(module.forward).parameters)) != "hidden_states":
+        raise UnsupportedModelError(
+            f"{type(module).__name__} makes queries, keys and values of several inputs, and pattern {pattern.key!r} owns "
+            "weights that read one; set global_projections=False, relay_projections=False or max_relative_distance=0"
+        )
     state: Any = pattern.make_state(**_sizes(module))
     if isinstance(state, GlobalProjections):
         # they start as copies of the layer's own
@@ -222,7 +249,8 @@ def _own_state(module: nn.Module, pattern: Pattern) -> bool:
 
 def _sizes(module: nn.Module) -> dict[str, int]:
     """Return the sizes of a self-attention module that weights of a pattern are made for."""
-    width: Any = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    width: Any = next((held for held in (getattr(module, name, None) for name in names) if held), None)
     fused: Any = getattr(module, "embed_dim", None), getattr(module, "num_heads", None)
     if all((*fused, width)):
         return {"hidden_size": fused[0], "num_heads": fused[1], "num_key_value_heads": fused[1], "head_dim": width}

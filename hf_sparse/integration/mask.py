@@ -18,7 +18,7 @@ class SparseMask:
         is_causal: whether keys ahead of the query are left out.
         document_ids: int64 ``[B, S]`` of packed rows, or None.
         refusal: why this mask cannot be honoured, or None.
-        window: the model's own sliding window: keys a query reads at most, its own included; None where it has none.
+        window: the model's own sliding window: keys less than that many tokens away are read; None where it has none.
         query_index: int64 ``[T]``, where the queries stand in the padded row; None where they are the last ones.
         key_index: int64 ``[S]``, where the keys stand, given with ``query_index``.
         first: int64 ``[B, 1]``, where the first real token stands, given with ``query_index``; None where that is 0.
@@ -152,4 +152,7 @@ def _read(function: Callable[..., Any]) -> _Rule:
         return _read(held["mask_function"])
     if name.startswith("sliding_window_overlay."):
         return _Rule(window=int(held["sliding_window"]))
+    if name.startswith("sliding_window_bidirectional_overlay."):
+        # this one counts how far the farthest key is
+        return _Rule(window=int(held["sliding_window"]) + 1)
     return _Rule(refusal=f"the mask function {name}")

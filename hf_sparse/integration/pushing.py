@@ -11,9 +11,9 @@ from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.card import Card, draw
 from hf_sparse.integration.density import layer_of, mean_density
 from hf_sparse.integration.entry import read_entry
+from hf_sparse.integration.families import family_of
 from hf_sparse.integration.hub import push_folder
 from hf_sparse.integration.layers import self_attention_modules, tag_of
-from hf_sparse.integration.positions import family_of
 
 _README = "README.md"
 # tokens that are drawn of a model whose limit is not known

@@ -12,13 +12,16 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.auto import SparseModelMixin, sparse_config_class, sparse_model_class
+from hf_sparse.integration.buckets import give_distances_
 from hf_sparse.integration.entry import Entry, make_entry
+from hf_sparse.integration.families import family_of
 from hf_sparse.integration.layers import attach, check_entry, self_attention_modules, start_states
 from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
-from hf_sparse.integration.positions import family_of, wanted_limits
+from hf_sparse.integration.positions import wanted_limits
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import check_no_position_bias, check_obeys
 from hf_sparse.integration.vision import fitted_entry
+from hf_sparse.integration.windows import reach_of, windowed_layers
 from hf_sparse.patterns import Pattern
 
 
@@ -70,6 +73,7 @@ def sparsify_(
     _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
     model.set_attn_implementation(NAME)
     start_states(attach(model, entry))
+    give_distances_(model, NAME)
     add_nodes(model, entry)
     reset_nodes(model)
     return model
@@ -81,7 +85,7 @@ def _fitted(entry: Entry, config: Any) -> Entry:
     Raises:
         ValueError: if a pattern is for another grid of pixels, or would leave a decoder nothing to read.
     """
-    entry = fitted_entry(entry, config)
+    entry = _with_own_windows(fitted_entry(entry, config), config)
     if not getattr(config, "is_encoder_decoder", False):
         return entry
     pattern, named = entry.pattern.for_decoder(), dict(entry.layers)
@@ -95,6 +99,25 @@ def _fitted(entry: Entry, config: Any) -> Entry:
             "nothing; unite it with another, such as hf_sparse.pattern('band'), or give the decoder layers of their own"
         )
     return Entry(entry.pattern, (*entry.layers, *left))
+
+
+def _with_own_windows(entry: Entry, config: Any) -> Entry:
+    """Return an entry in which layers with a sliding window of their own keep it, in a model where others have none.
+
+    That is where no pattern is named for the layer, and the one for all would read beyond the window.
+    """
+    pattern, named = entry.pattern, dict(entry.layers)
+    length = getattr(config, "max_position_embeddings", None)
+    kept = []
+    for layer in windowed_layers(config):
+        window = int(config.sliding_window)
+        if str(layer) in named or (length is not None and length <= window):
+            continue
+        scope: dict[str, Any] = {"heads": config.num_attention_heads, "layer": layer, "length": length or 2 * window}
+        reach = reach_of(pattern, is_causal=False, **scope)
+        if pattern.has_global_tokens or reach is None or reach >= window:
+            kept.append((str(layer), None))
+    return Entry(pattern, (*entry.layers, *kept))
 
 
 def _decoder_layers(config: Any) -> int:
@@ -111,6 +134,27 @@ def _give_own_config(model: PreTrainedModel) -> None:
     for module, config in held:
         if id(config) in copies:
             module.config = copies[id(config)]
+
+
+def _made_config(cls: Any, fields: dict[str, Any], positions: str | None) -> PreTrainedConfig:
+    """Return a config of a class; what a way to lengthen positions makes of it may be none that the model takes."""
+    try:
+        # a config may change what it is given
+        made: PreTrainedConfig = cls.from_dict(copy.deepcopy(fields))
+    except Exception as error:
+        if positions is None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"positions={positions!r} does not fit {cls.dense_model_type} ({reason}); leave it out"
+        ) from error
+    wanted = fields.get("rope_parameters")
+    if positions is not None and wanted is not None and made.rope_parameters != wanted:
+        raise ValueError(
+            f"positions={positions!r} does not fit {cls.dense_model_type}, which makes something else of it "
+            f"({made.rope_parameters['rope_type']}); leave it out"
+        )
+    return made
 
 
 def sparse_config(
@@ -131,8 +175,8 @@ def sparse_config(
         max_length: tokens of the longest text wanted; loading then tiles a table of positions. None keeps the length.
         image_size: for a model that reads images, pixels of the largest one wanted, or its (height, width); loading then
             interpolates the position table. None keeps the size.
-        positions: how rotary positions serve a longer text: "none" (None as well) leaves them as they are, "linear", "ntk" or
-            "yarn" scale them.
+        positions: how positions serve a longer text. A learned table: "tile" (None as well) or "interpolate". Rotary ones:
+            "none" (None as well) leaves them as they are, "linear", "ntk", "yarn" or "dynamic" scale them.
         layers: maps a layer to a pattern or to "dense".
         kwargs: passed to ``AutoConfig.from_pretrained`` (``revision``, ``token`` ...).
 
@@ -148,13 +192,18 @@ def sparse_config(
     cls = sparse_config_class(dense.model_type)
     wanted = wanted_limits(dense, max_length=max_length, image_size=image_size, positions=positions)
     fields = {**dense.to_dict(), **wanted, "model_type": cls.model_type, "sparse_attention": entry.to_dict()}
-    made = cls.from_dict(fields)
+    made = _made_config(cls, fields, positions)
     entry = _fitted(entry, made)
     made.sparse_attention = entry.to_dict()
     length = family_of(made).length(made) if wanted else None
     if getattr(made, "is_encoder_decoder", False):
         # how many layers and heads each stack has is known where the model is
         return made
+    sizes = {
+        "num_layers": getattr(dense, "num_hidden_layers", None),
+        "num_heads": getattr(dense, "num_attention_heads", None),
+    }
     for one in {entry.pattern, *(pattern for _, pattern in entry.layers if pattern is not None)}:
-        one.check(num_layers=dense.num_hidden_layers, num_heads=dense.num_attention_heads, length=length)
+        if None not in sizes.values():
+            one.check(**sizes, length=length)  # type: ignore[arg-type]
     return made

@@ -1,10 +1,11 @@
-"""Which model types are served, and the check that a model would obey a pattern."""
+"""The check that a model would obey a pattern."""
 
 import contextlib
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,68 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.layers import dispatches, self_attention_modules
 from hf_sparse.integration.mask import SparseMask, sparse_mask
-from hf_sparse.integration.vision import VISION_FAMILIES, VisionFamily, vision_family_of
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model type that reads text stores its positions.
-
-    Attributes:
-        positions: how the names of the tables of learned positions end; "" where positions are rotary and have no table.
-        counts_from_padding: whether positions start at ``pad_token_id + 1`` (RoBERTa), rows before that being unused.
-        unused_rows: rows of a table before position 0 that belong to none, whatever the padding is (BART).
-        buffers: how the names of tensors end that older versions saved and no model reads.
-    """
-
-    positions: str = "embeddings.position_embeddings.weight"
-    counts_from_padding: bool = False
-    unused_rows: int = 0
-    buffers: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
-
-    def offset(self, config: Any) -> int:
-        """Return the rows of the position table that come before position 0."""
-        return config.pad_token_id + 1 if self.counts_from_padding else self.unused_rows
-
-    def length(self, config: Any) -> int:
-        """Return the longest input the positions serve, in tokens."""
-        return int(config.max_position_embeddings) - self._counted(config)
-
-    def limit(self, config: Any, length: int) -> int:
-        """Return what ``max_position_embeddings`` has to say for inputs of a length, in tokens."""
-        return length + self._counted(config)
-
-    def rows(self, config: Any) -> int:
-        """Return the rows of the position table."""
-        return self.length(config) + self.offset(config)
-
-    def _counted(self, config: Any) -> int:
-        """Return the rows before position 0 that ``max_position_embeddings`` counts: RoBERTa's does, BART's does not."""
-        return self.offset(config) if self.counts_from_padding else 0
-
-
-_ROTARY = Family("", buffers=(".rotary_emb.inv_freq",))
-
-# model types whose checkpoints can be converted
-FAMILIES: dict[str, Family | VisionFamily] = {
-    "bart": Family("embed_positions.weight", unused_rows=2),
-    "bert": Family(),
-    "camembert": Family(counts_from_padding=True),
-    "distilbert": Family(),
-    "electra": Family(),
-    # the causal mask was saved with every layer
-    "gpt2": Family("wpe.weight", buffers=(".attn.bias", ".attn.masked_bias")),
-    # the causal mask and the frequencies were saved with every layer
-    "gpt_neox": Family("", buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")),
-    "llama": _ROTARY,
-    "mistral": _ROTARY,
-    "opt": Family("embed_positions.weight", unused_rows=2),
-    "qwen2": _ROTARY,
-    "qwen3": _ROTARY,
-    "roberta": Family(counts_from_padding=True),
-    "xlm-roberta": Family(counts_from_padding=True),
-    **VISION_FAMILIES,
-}
+from hf_sparse.integration.vision import vision_family_of
 
 _PROBE = "hf_sparse:probe"
 
@@ -93,18 +33,14 @@ def check_obeys(model_class: type[nn.Module], config: Any) -> None:
     Raises:
         UnsupportedModelError: if the model would ignore the pattern or the padding; says where.
     """
-    name = f"{model_class.__name__} ({config.model_type})"
-    if not _may_dispatch(model_class):
-        raise UnsupportedModelError(
-            f"{name} cannot be made sparse: its attention does not go through transformers' attention interface, so a "
-            "pattern would be silently ignored"
-        )
+    check_dispatches(model_class, config)
     check_no_position_bias(config)
+    name = f"{model_class.__name__} ({config.model_type})"
     # a segmentation head reads layers by number
     is_whole = model_class.__name__.endswith("ForSemanticSegmentation")
     tiny = _tiny_config(config, most_layers=config.num_hidden_layers if is_whole else 2)
     tiny._attn_implementation = _PROBE
-    with _probing() as calls, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with _probing() as (calls, refusals), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = model_class(tiny).eval()
         strays = [
             f"{path} ({type(module).__name__})"
@@ -124,8 +60,25 @@ def check_obeys(model_class: type[nn.Module], config: Any) -> None:
             )
         if "attention_mask" in inputs and not calls[id(module)]:
             raise UnsupportedModelError(f"{name} cannot be made sparse: {path} was not handed the padding mask")
+        if id(module) in refusals:
+            raise UnsupportedModelError(
+                f"{name} cannot be made sparse: {path} has {refusals[id(module)]}, which sparse attention does not honour"
+            )
     if not modules:
         raise UnsupportedModelError(f"{name} cannot be made sparse: it has no self-attention module")
+
+
+def check_dispatches(model_class: type[nn.Module], config: Any) -> None:
+    """Check that any module in the files that a model class comes from names transformers' attention interface.
+
+    Raises:
+        UnsupportedModelError: if none does.
+    """
+    if not _may_dispatch(model_class):
+        raise UnsupportedModelError(
+            f"{model_class.__name__} ({config.model_type}) cannot be made sparse: its attention does not go through "
+            "transformers' attention interface, so a pattern would be silently ignored"
+        )
 
 
 def check_no_position_bias(config: Any) -> None:
@@ -143,9 +96,7 @@ def check_no_position_bias(config: Any) -> None:
 
 
 def _may_dispatch(model_class: type[nn.Module]) -> bool:
-    import inspect
-    import sys
-
+    """Say whether any module in the files that a model class comes from names transformers' attention interface."""
     source = sys.modules[model_class.__module__]
     for parent in model_class.__mro__:
         module = sys.modules.get(parent.__module__, source)
@@ -165,20 +116,22 @@ def _attends_alone(path: str, module: nn.Module) -> bool:
 
 def _tiny_config(config: Any, *, most_layers: int) -> Any:
     tiny = copy.deepcopy(config)
-    for field in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
+    for field in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(most_layers, getattr(tiny, field)))
-    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"):
+    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "d_ff"):
         # what stands beside attention is most of a large model
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(64, getattr(tiny, field)))
+    if isinstance(getattr(tiny, "max_source_positions", None), int):
+        tiny.max_source_positions = min(8, tiny.max_source_positions)
     if vision_family_of(tiny) is not None:
         # two rows of two patches
         patch = tiny.patch_size
         tiny.image_size = 2 * patch if isinstance(patch, int) else [2 * patch[0], 2 * patch[1]]
     else:
         # a head that classifies a batch of texts asks where each ends
-        tiny.pad_token_id = 0 if tiny.pad_token_id is None else tiny.pad_token_id
+        tiny.pad_token_id = 0 if getattr(tiny, "pad_token_id", None) is None else tiny.pad_token_id
         tiny.use_cache = False
     special = [v for k, v in vars(tiny).items() if k.endswith("_token_id") and isinstance(v, int)]
     if isinstance(getattr(tiny, "vocab_size", None), int):
@@ -191,6 +144,10 @@ def _tiny_config(config: Any, *, most_layers: int) -> Any:
 
 
 def _tiny_inputs(model: Any, config: Any) -> dict[str, Tensor]:
+    if model.main_input_name == "input_features":
+        ids = torch.full((2, 6), config.vocab_size // 2)
+        features = torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions)
+        return {"input_features": features, "decoder_input_ids": ids}
     if model.main_input_name != "input_ids":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -198,7 +155,7 @@ def _tiny_inputs(model: Any, config: Any) -> dict[str, Tensor]:
     ids = torch.full((2, 6), config.vocab_size // 2)
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[1, 4:] = 0
-    if isinstance(config.eos_token_id, int):
+    if isinstance(getattr(config, "eos_token_id", None), int):
         # BART classifies what the last of these became
         ids[:, 3] = config.eos_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -210,20 +167,24 @@ def _tiny_inputs(model: Any, config: Any) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _probing() -> Iterator[dict[int, bool]]:
-    """Yield a count of attention calls: by module, whether every call brought the padding."""
+def _probing() -> Iterator[tuple[dict[int, bool], dict[int, str]]]:
+    """Yield a count of attention calls: by module, whether every call brought the padding, and what in a mask is refused."""
     calls: dict[int, bool] = {}
+    refusals: dict[int, str] = {}
 
-    def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+    def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any) -> Any:
+        mask = attention_mask
         brings = isinstance(mask, SparseMask) and mask.padding is not None
         brings |= isinstance(mask, Tensor) and mask.dim() in (2, 4)
         calls[id(module)] = brings and calls.get(id(module), True)
+        if isinstance(mask, SparseMask) and mask.refusal is not None:
+            refusals[id(module)] = mask.refusal
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(_PROBE, probe)
     AttentionMaskInterface.register(_PROBE, sparse_mask)
     try:
-        yield calls
+        yield calls, refusals
     finally:
         AttentionInterface._global_mapping.pop(_PROBE, None)
         AttentionMaskInterface._global_mapping.pop(_PROBE, None)

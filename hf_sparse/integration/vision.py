@@ -15,7 +15,8 @@ class VisionFamily:
     """How one model type that reads images stores its learned positions.
 
     Attributes:
-        positions: how the name of the position table ends; float ``[1, prefix_rows + patches, D]``.
+        positions: how the name of the position table ends; float ``[1, P, D]`` or ``[P, D]``, P being ``prefix_rows``
+            and the patches.
         prefix_rows: rows of the table before those of the patches (CLS, distillation token).
         is_square: whether the model takes its table for that of a square image whatever its config says.
         is_antialiased: whether the model smooths its positions before it interpolates them.
@@ -34,6 +35,7 @@ class VisionFamily:
 
 VISION_FAMILIES: dict[str, VisionFamily] = {
     "beit": VisionFamily(is_square=True),
+    "clip_vision_model": VisionFamily("embeddings.position_embedding.weight", is_square=True),
     "deit": VisionFamily(prefix_rows=2),
     "dinov2": VisionFamily(is_square=True),
     "dinov2_with_registers": VisionFamily(is_square=True, is_antialiased=True),
@@ -120,18 +122,20 @@ def interpolate_positions(table: Tensor, before: Any, after: Any) -> Tensor:
     Always in float32, where ViT, DeiT and BEiT themselves interpolate half precision in half precision.
 
     Args:
-        table: float ``[1, P, D]``, the learned table.
+        table: float ``[1, P, D]`` or ``[P, D]``, the learned table.
         before: the config it was learned with.
         after: the same with a larger ``image_size``.
     """
     family = VISION_FAMILIES[getattr(before, "dense_model_type", None) or before.model_type]
-    prefix, patches = table[:, : family.prefix_rows], table[:, family.prefix_rows :]
+    rows = table.view(1, -1, table.shape[-1])
+    prefix, patches = rows[:, : family.prefix_rows], rows[:, family.prefix_rows :]
     (_, *grid), (_, *larger) = vision_grid(before), vision_grid(after)
     image = patches.reshape(1, *grid, -1).permute(0, 3, 1, 2)
     image = nn.functional.interpolate(
         image.to(torch.float32), size=larger, mode="bicubic", align_corners=False, antialias=family.is_antialiased
     )
-    return torch.cat([prefix, image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)], dim=1)
+    larger_rows = torch.cat([prefix, image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)], dim=1)
+    return larger_rows.view(-1, table.shape[-1]) if table.dim() == 2 else larger_rows
 
 
 def _pair(size: Any) -> tuple[int, int]:

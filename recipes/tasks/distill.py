@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_sparse.errors import RecipeError
+from hf_sparse.integration.families import family_of
 from hf_sparse.integration.layers import self_attention_modules
-from hf_sparse.integration.positions import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading

@@ -183,29 +183,27 @@ def test_a_model_type_that_would_ignore_a_pattern(name: str, room: Path, tmp_pat
         UnsupportedModelError,
         f"({config.model_type})",
         reason,
-        "convertible: bart, beit, bert,",
+        "hf-sparse support lists what converts",
     )
 
 
-def test_a_model_type_that_has_no_row_in_the_table(room: Path, tmp_path: Path) -> None:
+def test_a_model_type_that_no_row_tells_about_keeps_its_length(room: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
-    config = transformers.OlmoConfig(vocab_size=64, **sizes)
-    transformers.OlmoModel(config).save_pretrained(tmp_path / "dense")
-    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'olmo' cannot be converted yet", "sparsify_")
+    config = transformers.EsmConfig(vocab_size=64, pad_token_id=1, max_position_embeddings=80, **sizes)
+    transformers.EsmModel(config).save_pretrained(tmp_path / "dense")
+    reason = "esm keeps its length of 80 tokens"
+    assert_refused(tmp_path / "dense", room, ValueError, reason, "leave max_length out", max_length=200)
 
 
-def test_a_bias_for_every_pair(room: Path, tmp_path: Path) -> None:
-    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
-    transformers.T5Model(config).save_pretrained(tmp_path / "dense")
-    reason = "a learned bias for every pair of tokens to its attention (relative_attention_num_buckets)"
-    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'t5' cannot be converted", reason, "convertible:")
+def test_a_model_type_made_of_several_models(room: Path, tmp_path: Path) -> None:
+    transformers.CLIPConfig().save_pretrained(tmp_path / "dense")
+    save_file({"a": torch.zeros(2)}, tmp_path / "dense/model.safetensors")
+    assert_refused(tmp_path / "dense", room, UnsupportedModelError, "'clip' is made of several models", "convert that")
 
 
 def test_a_model_type_that_transformers_does_not_know(bert: Path, room: Path) -> None:
     edit_json(bert / "config.json", model_type="bart_simpson")
-    assert_refused(
-        bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "convertible: bart, beit, bert,"
-    )
+    assert_refused(bert, room, UnsupportedModelError, "names the model type 'bart_simpson'", "hf-sparse support lists")
     edit_json(bert / "config.json", model_type=None)
     assert_refused(bert, room, UnsupportedModelError, "names no model_type")
 

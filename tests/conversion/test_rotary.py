@@ -165,7 +165,7 @@ def test_the_command_line_takes_the_method(tmp_path: Path) -> None:
         (
             {},
             {"positions": "cubic", "max_length": LENGTH},
-            "positions must be one of none, linear, ntk, yarn; got 'cubic'",
+            "positions must be one of none, linear, ntk, yarn, dynamic for llama, which has rotary positions; got 'cubic'",
         ),
         ({}, {"positions": "yarn"}, "give max_length as well"),
         (
@@ -188,9 +188,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, fields: dict[str, Any], as
     assert not (tmp_path / "sparse").exists()
 
 
-def test_a_method_for_a_table_is_refused(tmp_path: Path) -> None:
+def test_a_method_of_another_kind_of_positions_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "dense", "Bert")
-    with pytest.raises(ValueError, match="bert has a table; leave it out"):
+    with pytest.raises(ValueError, match="one of tile, interpolate for bert, which has a learned table of positions"):
         hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", BAND, max_length=300, positions="linear")
 
 
@@ -250,7 +250,7 @@ def test_layers_with_and_without_a_window_are_told_apart(tmp_path: Path) -> None
     dense = write_decoder(tmp_path / "dense", "Qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1)
     wide = hf_sparse.pattern("band", radius=99)
     with pytest.raises(ValueError, match="layer 1 of qwen2 has a sliding window"):
-        hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", wide)
+        hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", wide, layers={1: wide})
     batch = tiny_prompts(50, side="right")
     real = batch["attention_mask"] != 0
     for at, own in enumerate((hf_sparse.pattern("band", radius=8), "dense")):

@@ -298,10 +298,14 @@ def test_positions_other_than_the_source_s_own_are_found(tmp_path: Path, monkeyp
     assert not (tmp_path / "sparse").exists()
 
 
-def test_a_projection_without_a_bias_has_none_to_copy(tmp_path: Path) -> None:
+def test_a_projection_without_a_bias_gives_one_of_zeros(tmp_path: Path) -> None:
     write_vision(tmp_path / "dense", "Beit")
-    with pytest.raises(hf_sparse.ConversionError, match=r"owns the weight 'key.bias'.*use hf_sparse.sparsify_"):
-        hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", LONGFORMER)
+    report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", LONGFORMER)
+    assert report.wide_open_difference is not None
+    held = weights(tmp_path / "sparse")
+    made = {name for name in held if ".sparse_state.key.bias" in name}
+    assert len(made) == 2
+    assert not any(held[name].any() for name in made)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,10 @@ def test_the_grid_of_an_image_that_is_not_square_has_its_height_first() -> None:
 
 
 def test_a_model_of_text_has_no_grid() -> None:
-    with pytest.raises(hf_sparse.UnsupportedModelError, match="'bert' has no known grid of patches; known: beit, deit"):
+    with pytest.raises(
+        hf_sparse.UnsupportedModelError,
+        match="'bert' has no known grid of patches; known: beit, clip",
+    ):
         vision_grid(tiny_config("Bert"))
 
 

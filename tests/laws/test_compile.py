@@ -116,7 +116,12 @@ def test_a_compiled_call_draws_dropout_anew() -> None:
 
 
 def gather_arguments(
-    *, has_masks: bool, dropout: float, is_half: bool = False, may_be_whole: bool = False
+    *,
+    has_masks: bool,
+    dropout: float,
+    is_half: bool = False,
+    may_be_whole: bool = False,
+    has_terms: bool = False,
 ) -> tuple[Any, ...]:
     """Return the arguments of the operator."""
     tensors = random_tensors(batch=2, tokens=20, key_heads=2, width=WIDTH, value_width=3)
@@ -127,17 +132,26 @@ def gather_arguments(
         masks[1] = torch.zeros(2, 20, dtype=torch.bool).index_fill(1, torch.tensor([4]), True)
     seed = torch.tensor([5]) if dropout else None
     pattern = case_of("longformer").pattern.json
-    return (*leaves, *masks, seed, pattern, 0, True, 0.5, dropout, 0, HEADS, "all", may_be_whole)
+    # a cap, and a bias by distance
+    terms = (3.0, torch.randn(HEADS, 7, dtype=leaves[0].dtype), None) if has_terms else ()
+    return (*leaves, *masks, seed, pattern, 0, True, 0.5, dropout, 0, HEADS, "all", may_be_whole, *terms)
 
 
 @pytest.mark.parametrize(
-    ("has_masks", "dropout", "is_half", "may_be_whole"),
-    [(False, 0.0, False, False), (False, 0.0, True, True), (True, 0.2, True, True)],
+    ("has_masks", "dropout", "is_half", "may_be_whole", "has_terms"),
+    [
+        (False, 0.0, False, False, False),
+        (False, 0.0, True, True, False),
+        (True, 0.2, True, True, False),
+        (True, 0.2, False, False, True),
+    ],
 )
 def test_the_gather_operator_is_declared_as_it_behaves(
-    has_masks: bool, dropout: float, is_half: bool, may_be_whole: bool
+    has_masks: bool, dropout: float, is_half: bool, may_be_whole: bool, has_terms: bool
 ) -> None:
-    arguments = gather_arguments(has_masks=has_masks, dropout=dropout, is_half=is_half, may_be_whole=may_be_whole)
+    arguments = gather_arguments(
+        has_masks=has_masks, dropout=dropout, is_half=is_half, may_be_whole=may_be_whole, has_terms=has_terms
+    )
     torch.library.opcheck(gather_attention, arguments)
     out, lse = gather_attention(*arguments)
     backward = torch.ops.hf_sparse.gather_backward.default

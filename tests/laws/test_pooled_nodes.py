@@ -96,9 +96,9 @@ def test_what_it_cannot_serve_is_refused_by_name() -> None:
     is_real = torch.tensor([[True, True, False, True, True, True, True, True, True, True]])
     with pytest.raises(ValueError, match="'bp_transformer' does not serve padding between real tokens"):
         attention(POOLED)(*tensors, key_padding_mask=is_real)
-    for given in ({"bias": torch.zeros(10, 10)}, {"softcap": 3.0}):
-        with pytest.raises(ValueError, match="'bp_transformer' pools spans and does not serve bias or softcap"):
-            attention(POOLED, **given)(*tensors)
+    for name, value in (("bias", torch.zeros(10, 10)), ("softcap", 3.0), ("distance_bias", torch.zeros(4, 3))):
+        with pytest.raises(ValueError, match=f"'bp_transformer' has nodes .* does not serve {name}"):
+            attention(POOLED, **{name: value})(*tensors)
     with pytest.raises(ValueError, match="does not serve cached decoding"):
         attention(POOLED)(tensors[0][:, :, -1:], *tensors[1:])
     with pytest.raises(ValueError, match="clip_distance must be 0 where spans are pooled"):

@@ -35,6 +35,7 @@ FLOORS = {
     "hf_sparse.choice": 4,
     "hf_sparse.global_rows": 4,
     "hf_sparse.node_means": 4,
+    "hf_sparse.score_terms": 4,
     "hf_sparse.content": 4,
     "hf_sparse.attention": 4,
     "hf_sparse.integration": 5,
