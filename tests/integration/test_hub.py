@@ -25,6 +25,12 @@ def wrapped(cause: Exception) -> Exception:
         return error
 
 
+@pytest.fixture(autouse=True)
+def _asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of a Hub that is asked: the tests themselves may run offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
 @pytest.mark.parametrize(
     ("status", "says"),
     [

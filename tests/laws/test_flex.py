@@ -288,7 +288,7 @@ def test_a_gradient_on_the_cpu_is_refused() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("bias", torch.zeros(9)), ("softcap", 1.0), ("sinks", torch.zeros(HEADS))])
 def test_terms_of_the_scores_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"backend 'flex' does not serve {name}; pass backend='dense'"):
+    with pytest.raises(ValueError, match=f"backend 'flex' does not serve {name}; pass backend='auto'"):
         call(**{name: value})
 
 
