@@ -5,14 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, hf_hub_download
+from huggingface_hub import CommitInfo, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
-from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.errors import PushError, UnsupportedModelError
 from hf_sparse.integration.card import Card, draw
 from hf_sparse.integration.density import layer_of, mean_density
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.families import family_of
-from hf_sparse.integration.hub import push_folder
+from hf_sparse.integration.hub import push_folder, said_by_hub
 from hf_sparse.integration.layers import self_attention_modules, tag_of
 
 _README = "README.md"
@@ -77,20 +83,26 @@ def model_card(model: Any, folder: Path, *, place: str, tags: Sequence[str] = ()
 
 
 def readme_of(place: str, token: str | bool | None = None) -> str | None:
-    """Return the README of a checkpoint; None where there is none or it cannot be had.
+    """Return the README of a checkpoint; None where there is none, or no such checkpoint for this token.
 
     Args:
         place: a folder, or an id on the Hub.
         token: for the Hub; None takes the one that was logged in with.
+
+    Raises:
+        PushError: if the Hub does not tell.
     """
     path = Path(place, _README)
     if not place or Path(place).is_dir():
         return path.read_text(encoding="utf-8") if place and path.is_file() else None
     try:
         return Path(hf_hub_download(place, _README, token=token)).read_text(encoding="utf-8")
-    # no such model, none that has one, no connection: a card is then begun anew
-    except Exception:
-        return None
+    except Exception as error:
+        is_unknown = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError, HFValidationError))
+        if is_unknown and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        # begun anew, the card would take the place of one that could not be seen
+        raise PushError(f"{place} could not be read from {constants.ENDPOINT}: {said_by_hub(error)}") from None
 
 
 def _length_of(config: Any) -> int | None:

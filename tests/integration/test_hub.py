@@ -58,6 +58,6 @@ def test_a_model_is_not_pushed_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     model = hf_sparse.sparsify_(tiny_model("Bert"), hf_sparse.pattern("band", radius=2))
     with pytest.raises(
-        PushError, match=r"ada/model could not be pushed to .*HF_HUB_OFFLINE forbids asking the Hub; unset it"
+        PushError, match=r"ada/model could not be read from .*HF_HUB_OFFLINE forbids asking the Hub; unset it"
     ):
         model.push_to_hub("ada/model")
