@@ -57,6 +57,7 @@ def plan_calibration(path: str | os.PathLike[str], checkpoint: Checkpoint, targe
         )
     if target.image_size is not None:
         raise ConversionError(f"calibrate reads a text, and {checkpoint.name} reads images; leave it out")
+    checkpoint.check_dense("calibrate")
     texts = tokenize([read_text(Path(path), "calibrate")], str(path), checkpoint, "calibrate")
     room = target.length - texts.special
     held = texts.documents[0][:MOST_TOKENS]

@@ -19,12 +19,22 @@ if TYPE_CHECKING:
 
 def convert_command(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A dense checkpoint: a folder, or the id of a model on the Hub.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A dense checkpoint, or a Longformer, LED or BigBird of transformers' own: a folder, or the id of a model "
+            "on the Hub.",
+        ),
     ],
     destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
     pattern: Annotated[
-        str, typer.Option("--pattern", "-p", help=f"{PATTERN_HELP} Or auto, a plan by layer chosen on --texts.")
-    ],
+        str | None,
+        typer.Option(
+            "--pattern",
+            "-p",
+            help=f"{PATTERN_HELP} Or auto, a plan by layer chosen on --texts. [default: SRC's own, where it is sparse]",
+        ),
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     max_length: Annotated[
         int | None,
@@ -88,7 +98,7 @@ def convert_command(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Convert a dense checkpoint into a sparse one that the Auto classes load.
+    """Convert a checkpoint into a sparse one that the Auto classes load.
 
     \b
     Example:
@@ -96,27 +106,32 @@ def convert_command(
       hf-sparse convert roberta-base roberta-4096 --pattern "routing|band" --max-length 4096 --calibrate book.txt
       hf-sparse convert roberta-base roberta-4096 --pattern longformer --max-length 4096 --push-to me/roberta-4096
       hf-sparse convert roberta-base roberta-4096 --pattern auto --density 0.1 --texts notes.txt --max-length 4096
+      hf-sparse convert allenai/led-base-16384 led-sparse --allow-pickle
     """
     from hf_sparse.conversion.convert import convert
     from hf_sparse.conversion.fidelity import plan_inspection
     from hf_sparse.conversion.layer_plan import LayerPlan
     from hf_sparse.conversion.reading import open_reading, plan_on
 
-    is_auto = pattern.strip() == AUTO
+    is_auto = pattern is not None and pattern.strip() == AUTO
     budget = check_auto(is_auto, density)
     if is_auto and texts is None:
         raise ValueError("--pattern auto needs --texts FILE, to choose on")
     if is_auto and (settings or layers):
         raise ValueError("--pattern auto chooses the pattern of each layer itself; leave --set and --layer out")
+    if pattern is None and settings:
+        raise ValueError("--set is for --pattern, and none is named; name one, or leave --set out")
+    if pattern is None and texts is not None:
+        raise ValueError("--texts compares with a dense SRC, which needs --pattern; name one, or leave --texts out")
     named: Mapping[int | str, Pattern | str] = dict(_read_layer(text) for text in layers or ())
     reading = None if texts is None else open_reading(source, texts, max_length=max_length, revision=revision)
-    chosen: Pattern | LayerPlan
+    chosen: Pattern | LayerPlan | None = None
     if is_auto and reading is not None:
         chosen = plan_on(reading, reading.load_dense()[0], reading.pieces[::2], budget)
-    else:
+    elif pattern is not None:
         chosen = read_pattern(pattern, settings or ())
     inspection = None
-    if reading is not None:
+    if reading is not None and chosen is not None:
         # what cannot be inspected is told before anything is written
         longest = reading.target.length_before if max_length is None else max_length
         inspection = plan_inspection(reading, [chosen], max_length=longest, positions=positions, layers=named)

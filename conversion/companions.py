@@ -75,7 +75,7 @@ def plan_companions(checkpoint: Checkpoint, target: Target, *, raises_limits: bo
     ours.add((PurePosixPath(checkpoint.inner) / "config.json").as_posix())
     carried, left = [], list(checkpoint.unfetched)
     for path in checkpoint.files:
-        folder = next((part for part in path.parts[:-1] if _matches(part, _FOREIGN_FOLDERS)), None)
+        folder = _foreign_folder(path)
         if folder is not None:
             left.append(f"{PurePosixPath(*path.parts[: path.parts.index(folder) + 1])}/")
         elif _is_beside(path, checkpoint) and path.as_posix() not in ours and _matches(path.name, _FOREIGN_FILES):
@@ -90,6 +90,15 @@ def plan_companions(checkpoint: Checkpoint, target: Target, *, raises_limits: bo
         size=sum((checkpoint.root / path).stat().st_size for path in carried),
         separator=_separator(checkpoint, carried),
     )
+
+
+def _foreign_folder(path: PurePosixPath) -> str | None:
+    return next((part for part in path.parts[:-1] if _matches(part, _FOREIGN_FOLDERS)), None)
+
+
+def is_foreign(path: PurePosixPath) -> bool:
+    """Say whether a file, as a path in a checkpoint, holds its weights, in any format, or is of its training."""
+    return _foreign_folder(path) is not None or _matches(path.name, _FOREIGN_FILES)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -174,7 +183,8 @@ def _raise_sentence_transformer(held: dict[str, Any], length: int) -> None:
 def _name_tokenizer(held: dict[str, Any], checkpoint: Checkpoint, target: Target) -> None:
     """Name the tokenizer's class, which transformers would else look up by the model type."""
     if not held.get("tokenizer_class") and not checkpoint.config.get("tokenizer_class"):
-        name = TOKENIZER_MAPPING_NAMES.get(target.model_type)
+        origin = checkpoint.origin
+        name = TOKENIZER_MAPPING_NAMES.get(target.model_type if origin is None else origin.model_type)
         if name is not None:
             held["tokenizer_class"] = name
 

@@ -1,6 +1,7 @@
 """Converting a dense checkpoint into a sparse one."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import transformers
 from torch import Tensor
 
 import hf_sparse
@@ -17,19 +19,24 @@ from hf_sparse.conversion import shards
 from hf_sparse.conversion.calibration import calibrated, plan_calibration
 from hf_sparse.conversion.companions import Companions, plan_companions
 from hf_sparse.conversion.destination import check_destination, check_free, check_space
+from hf_sparse.conversion.in_tree import KIN
 from hf_sparse.conversion.job import Job, sha256_of
 from hf_sparse.conversion.model_card import conversion_card
 from hf_sparse.conversion.progress import counting
 from hf_sparse.conversion.report import ConversionReport
 from hf_sparse.conversion.source import INDEX, Checkpoint, open_checkpoint
 from hf_sparse.conversion.target import Target, plan_target
-from hf_sparse.conversion.verify import compare
+from hf_sparse.conversion.verify import compared, wide_open_difference
+from hf_sparse.conversion.verify_in_tree import in_tree_difference
 from hf_sparse.conversion.weights import PlannedWeights, plan_weights
 from hf_sparse.errors import ConversionError, PushError
+from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.card import Card, draw
+from hf_sparse.integration.entry import Entry, make_entry
 from hf_sparse.integration.hub import check_account, push_folder
+from hf_sparse.integration.positions import METHOD_FIELD
 from hf_sparse.integration.remote_code import auto_map_of, write_code
-from hf_sparse.patterns import Pattern
+from hf_sparse.patterns import BigBird, Pattern
 
 _README = "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,7 +45,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    pattern: Pattern,
+    pattern: Pattern | None = None,
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -65,7 +72,9 @@ def convert(
     checkpoint = open_checkpoint(source, revision=revision, token=token, allow_pickle=allow_pickle)
     wanted = check_destination(destination, source=checkpoint.root)
     sizes: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
+    pattern, layers = _own_or(checkpoint, pattern, layers)
     target = plan_target(checkpoint, pattern, layers=layers, **sizes)
+    _check_length(checkpoint, target)
     job = Job(wanted, {**_arguments(checkpoint, target, calibrate), **sizes, "remote_code": remote_code})
     job.find()
     if not job.is_in_place:
@@ -91,8 +100,8 @@ def convert(
             with counting(size, progress) as count:
                 _write(job, checkpoint, target, weights, companions, count, loads_by_code=remote_code)
             (job.files / _README).write_text(card.text(readme), encoding="utf-8")
-            compared = compare(checkpoint.folder, job.files / checkpoint.inner, target, wanted=verify)
-            job.finish(compared)
+            made = job.files / checkpoint.inner
+            job.finish(compared(functools.partial(_difference, checkpoint, made, target), wanted=verify))
         job.put_in_place(overwrite=overwrite)
         pushed = None
         if judge is not None:
@@ -128,6 +137,7 @@ def convert(
         rotary=target.rotary,
         calibration=None if calibration is None else calibration.note,
         pushed_to=pushed,
+        imported_from=None if checkpoint.origin is None else checkpoint.origin.architecture,
         seconds=time.monotonic() - started,
     )
 
@@ -143,6 +153,50 @@ def _check_push(push_to: str | None, private: bool | None, token: str | bool | N
     if not _REPOSITORY.fullmatch(push_to):
         raise ValueError(f"push_to must be the id of a model on the Hub, such as 'user/name'; got {push_to!r}")
     check_account(token)
+
+
+def _own_or(
+    checkpoint: Checkpoint, pattern: Pattern | None, layers: Mapping[int | str, Pattern | str] | None
+) -> tuple[Pattern, Mapping[int | str, Pattern | str] | None]:
+    """Return the pattern and the layers that were asked for, or a sparse source's own."""
+    if pattern is not None:
+        return pattern, layers
+    origin = checkpoint.origin
+    if origin is None:
+        raise ValueError(f"{checkpoint.name} is dense, so a pattern is needed; pass one (--pattern)")
+    if origin.pattern is None:
+        raise ValueError(
+            f"{checkpoint.name} is a {origin.model_type} that attends fully, so a pattern is needed; pass one (--pattern)"
+        )
+    return origin.pattern, {**origin.layers, **(layers or {})}
+
+
+def _difference(checkpoint: Checkpoint, destination: Path, target: Target) -> tuple[float | None, str]:
+    """Return the largest difference between what source and destination say, or None, and what was compared, in words."""
+    origin, pattern = checkpoint.origin, target.entry.pattern
+    if origin is None:
+        return wide_open_difference(checkpoint.folder, destination, target)
+    same = pattern
+    if isinstance(pattern, BigBird) and pattern.random_plan == "evaluation":
+        # what the source computes in the other of its modes
+        same = dataclasses.replace(pattern, random_plan="published")
+    if Entry(same, target.entry.layers) != (origin.pattern and make_entry(origin.pattern, origin.layers)):
+        return None, f"not compared: the pattern is not that of the {origin.model_type} that it was"
+    if getattr(target.config, METHOD_FIELD, None):
+        return None, "not compared: positions moved apart"
+    theirs: Any = getattr(transformers, origin.architecture)
+    ours = (sparse_model_class(target.dense_class), destination, target.config)
+    return in_tree_difference((theirs, checkpoint.folder), ours, pattern)
+
+
+def _check_length(checkpoint: Checkpoint, target: Target) -> None:
+    """Refuse to lengthen positions that the dense type would make anew."""
+    origin = checkpoint.origin
+    if origin is not None and KIN[origin.model_type].keeps_length and target.length > target.length_before:
+        raise ValueError(
+            f"{checkpoint.name} reads {target.length_before:,} tokens, and the learned positions of a {origin.model_type} "
+            f"cannot be lengthened, got {target.length:,}; leave max_length out"
+        )
 
 
 def _arguments(checkpoint: Checkpoint, target: Target, calibrate: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -31,10 +31,12 @@ def conversion_card(
     before = inputs_in_words(target.length_before, target.image_size_before)
     if target.image_size is None:
         after, before = f"up to {after}", before.removesuffix(" tokens")
+    origin = checkpoint.origin
+    source = f"the dense `{target.architectures[0]}`" if origin is None else f"the `{origin.architecture}`"
+    compared = "the dense one" if origin is None else "that one"
     said = [
-        f"This checkpoint was converted with `hf_sparse` from the dense `{target.architectures[0]}` of `{name}`, and not "
-        "trained since.",
-        f"It reads {after}, where the dense one reads {before}.",
+        f"This checkpoint was converted with `hf_sparse` from {source} of `{name}`, and not trained since.",
+        f"It reads {after}, where {compared} reads {before}.",
         f"Of all pairs of tokens at that length it reads {density:.2%}.",
     ]
     if is_calibrated:

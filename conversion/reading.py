@@ -58,6 +58,7 @@ def open_reading(
 ) -> Reading:
     """Open a checkpoint and texts; arguments and errors as for :func:`hf_sparse.plan_layers`."""
     checkpoint = open_checkpoint(source, revision=revision, token=token)
+    checkpoint.check_dense("what reads texts")
     target = plan_target(checkpoint, Band(radius=0), max_length=max_length)
     if target.image_size is not None:
         raise ConversionError(f"texts are read, and {checkpoint.name} reads images; leave them out")

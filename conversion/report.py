@@ -24,7 +24,7 @@ class ConversionReport:
     """What a conversion did.
 
     Attributes:
-        source: the dense checkpoint; of the Hub's, with the commit.
+        source: the checkpoint that was converted; of the Hub's, with the commit.
         destination: the folder of the sparse one.
         model_type: of the sparse checkpoint.
         pattern: the pattern of the layers that ``layers`` does not name, as plain values.
@@ -45,7 +45,7 @@ class ConversionReport:
         density: pairs of tokens read, over all pairs, at ``max_length``, averaged over layers and heads; without the
             global tokens that a task or a call marks.
         wide_open_difference: the largest absolute difference between outputs of the source and of the destination with
-            every pattern wide open; None where they were not compared.
+            every pattern wide open, or as it is where the source is sparse itself; None where they were not compared.
         wide_open_note: what was compared, or why not.
         wide_open_bytes: memory that the comparison took, at most, beside what the process held before; None where nothing was
             compared or the system does not say.
@@ -53,6 +53,7 @@ class ConversionReport:
         rotary: what the config now says of rotary positions, where that has changed; else None.
         calibration: what was calibrated on which text, in words; None where nothing was.
         pushed_to: address of the commit on the Hub; None where nothing was pushed.
+        imported_from: class of a source that is sparse itself; None where it is dense.
         seconds: how long it took.
     """
 
@@ -81,6 +82,7 @@ class ConversionReport:
     rotary: dict[str, Any] | None
     calibration: str | None
     pushed_to: str | None
+    imported_from: str | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +103,7 @@ class ConversionReport:
     def _rows(self) -> list[tuple[str, str]]:
         fields = ", ".join(f"{key}={value}" for key, value in self.pattern.items() if key != "key")
         rows = [
-            ("source", self.source),
+            ("source", self.source if self.imported_from is None else f"{self.source} (a {self.imported_from})"),
             ("destination", self.destination),
             ("model type", self.model_type),
             ("pattern", f"{self.pattern['key']}: {fields}"),
@@ -117,7 +119,7 @@ class ConversionReport:
             *([("rotary positions", json.dumps(self.rotary))] if self.rotary else []),
             *([("calibrated", self.calibration)] if self.calibration else []),
             *([("taken over", _listed(self.files_resumed))] if self.files_resumed else []),
-            ("wide open", self._wide_open()),
+            (self._comparison, self._wide_open()),
             *[
                 ("SHA-256", f"{digest} {path}")
                 for path, digest in self.checksums.items()
@@ -138,6 +140,10 @@ class ConversionReport:
             return inputs_in_words(self.max_length_before, self.image_size_before)
         return inputs_in_words(self.max_length, self.image_size)
 
+    @property
+    def _comparison(self) -> str:
+        return "wide open" if self.imported_from is None else "same pattern"
+
     def _wide_open(self) -> str:
         if self.wide_open_difference is None:
             return self.wide_open_note
@@ -152,8 +158,8 @@ class ConversionReport:
         return (
             f"Converted {self.source} to {self.destination} ({self.model_type}, pattern {self.pattern['key']}): reads "
             f"{self._reads()} where it read {self._reads(before=True)}, and {self.density:.2%} of all pairs at that length. "
-            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. {rotary}{calibrated}Wide open: "
-            f"{self._wide_open()}. {self.seconds:.1f} s.{pushed}"
+            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. {rotary}{calibrated}"
+            f"{self._comparison.capitalize()}: {self._wide_open()}. {self.seconds:.1f} s.{pushed}"
         )
 
 

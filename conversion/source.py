@@ -1,5 +1,6 @@
-"""Finding a dense checkpoint and checking that it is whole."""
+"""Finding a checkpoint and checking that it is whole."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import transformers
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from hf_sparse.conversion.hub import download
+from hf_sparse.conversion.in_tree import KIN, Origin, read_as_dense
 from hf_sparse.conversion.pickles import PICKLE, PICKLE_INDEX, read_pickle
 from hf_sparse.conversion.shards import Shard, StoredTensor, read_shard
-from hf_sparse.errors import ConversionError
+from hf_sparse.errors import ConversionError, UnsupportedModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,18 +28,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A dense checkpoint that is whole.
+    """A checkpoint that is whole, as a dense one.
 
     Attributes:
         name: what the caller called it; of the Hub's, with the commit.
         root: its folder.
         inner: where the transformer lies in it: "" or, as in older sentence-transformers' checkpoints, "0_Transformer".
-        config: what config.json holds.
-        shards: its weights.
+        config: what config.json holds; of a sparse checkpoint of transformers' own, what its dense kin's would hold.
+        shards: its weights, under the names of the dense type.
         index: what the index of its shards holds; None where there is one file.
         files: every file, as paths relative to ``root``.
         is_from_hub: whether it was downloaded.
         unfetched: files of the Hub's that were not.
+        origin: what it was before it was read as a dense one; None where it is dense.
     """
 
     name: str
@@ -44,11 +52,24 @@ class Checkpoint:
     files: tuple[PurePosixPath, ...]
     is_from_hub: bool
     unfetched: tuple[str, ...]
+    origin: Origin | None = None
 
     @property
     def folder(self) -> Path:
         """The folder with config.json and the weights."""
         return self.root / self.inner
+
+    def check_dense(self, what: str) -> None:
+        """Refuse what runs the dense class on the source's folder.
+
+        Raises:
+            ConversionError: if it is a sparse checkpoint of transformers' own.
+        """
+        if self.origin is not None:
+            raise ConversionError(
+                f"{what} needs a dense source, and {self.name} is a {self.origin.model_type}; leave it out, or pass the dense "
+                "checkpoint that it came from"
+            )
 
     @property
     def is_pickled(self) -> bool:
@@ -68,7 +89,7 @@ def open_checkpoint(
     token: str | bool | None = None,
     allow_pickle: bool = False,
 ) -> Checkpoint:
-    """Find a dense checkpoint and check it.
+    """Find a checkpoint and check it; a sparse one of transformers' own is read as its dense kin.
 
     Args:
         source: a folder, or the id of a model on the Hub.
@@ -79,8 +100,8 @@ def open_checkpoint(
     Raises:
         ConversionError: if it is no checkpoint, is not whole, brings code of its own or is sparse already.
     """
-    root, name, is_from_hub, unfetched = _locate(source, revision, token, allow_pickle=allow_pickle)
-    files = tuple(sorted(_files(root)))
+    root, name, is_from_hub, unfetched = locate(source, revision, token, allow_pickle=allow_pickle)
+    files = tuple(sorted(files_of(root)))
     inner = _transformer_folder(root)
     folder = root / inner
     if not (folder / "config.json").is_file():
@@ -103,10 +124,53 @@ def open_checkpoint(
     for path in files:
         if not os.access(root / path, os.R_OK):
             raise ConversionError(f"{root / path} may not be read; change its permissions")
-    return Checkpoint(name, root, inner, config, shards, index, files, is_from_hub, unfetched)
+    return _as_dense(Checkpoint(name, root, inner, config, shards, index, files, is_from_hub, unfetched))
 
 
-def _locate(
+def _as_dense(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint as the dense one that it is but for its attention; one that is dense as it is."""
+    kin = KIN.get(str(checkpoint.config.get("model_type")))
+    if kin is None:
+        return checkpoint
+    config = read_config(checkpoint)
+    origin, held = read_as_dense(checkpoint.name, kin, config)
+    shards = tuple(
+        dataclasses.replace(
+            shard, tensors=tuple(new for held in shard.tensors for new in kin.dense_tensors(held, config))
+        )
+        for shard in checkpoint.shards
+    )
+    return dataclasses.replace(checkpoint, config=held, shards=shards, origin=origin)
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Return the config of a checkpoint.
+
+    Raises:
+        UnsupportedModelError: if this transformers has no such model type.
+        ConversionError: if it cannot be read.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        said = f"names the model type {model_type!r}, which" if model_type else "names no model_type, which"
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: config.json {said} this transformers ({transformers.__version__}) cannot load; "
+            "hf-sparse support lists what converts"
+        )
+    try:
+        if checkpoint.origin is not None:
+            config: PreTrainedConfig = CONFIG_MAPPING[str(model_type)].from_dict(checkpoint.config)
+            return config
+        return AutoConfig.from_pretrained(checkpoint.folder)
+    # a field of a wrong type raises one of several classes of huggingface_hub's
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ConversionError(
+            f"{checkpoint.folder / 'config.json'} cannot be read as a {model_type} config: {' '.join(reason)[:300]}"
+        ) from error
+
+
+def locate(
     source: str | os.PathLike[str], revision: str | None, token: str | bool | None, *, allow_pickle: bool
 ) -> tuple[Path, str, bool, tuple[str, ...]]:
     """Return the folder of a source, its name, whether it is the Hub's, and what was not downloaded."""
@@ -123,7 +187,7 @@ def _locate(
     return folder, name, True, unfetched
 
 
-def _files(root: Path) -> Iterator[PurePosixPath]:
+def files_of(root: Path) -> Iterator[PurePosixPath]:
     """Yield every file below a folder; links are followed, each folder once."""
     seen = set()
     for folder, inner, names in os.walk(root, followlinks=True):

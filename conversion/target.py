@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.conversion.names import renamings_of
-from hf_sparse.conversion.source import Checkpoint
+from hf_sparse.conversion.source import Checkpoint, read_config
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.density import Layer, layer_of, mean_density
@@ -171,7 +170,7 @@ def plan_target(
         ValueError: if the pattern, a layer or the length does not fit it.
     """
     entry = make_entry(pattern, layers)
-    dense_config = _read_config(checkpoint)
+    dense_config = read_config(checkpoint)
     classes = _dense_classes(checkpoint, dense_config)
     if not parts_of(dense_config):
         _check(check_dispatches, classes[0], dense_config)
@@ -220,24 +219,6 @@ def plan_target(
         renamings=renamings_of(dense),
         tied=frozenset(dense.all_tied_weights_keys),
     )
-
-
-def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        said = f"names the model type {model_type!r}, which" if model_type else "names no model_type, which"
-        raise UnsupportedModelError(
-            f"{checkpoint.name}: config.json {said} this transformers ({transformers.__version__}) cannot load; "
-            "hf-sparse support lists what converts"
-        )
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder)
-    # a field of a wrong type raises one of several classes of huggingface_hub's
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ConversionError(
-            f"{checkpoint.folder / 'config.json'} cannot be read as a {model_type} config: {' '.join(reason)[:300]}"
-        ) from error
 
 
 def _dense_classes(checkpoint: Checkpoint, config: PreTrainedConfig) -> list[Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,18 @@ _MOST_PATCHES = 4500
 _PADDING = 0
 
 
-def compare(source: Path, destination: Path, target: Target, *, wanted: bool) -> dict[str, Any]:
-    """Return what is reported of the comparison, by field of the report.
+def compared(compare: Callable[[], tuple[float | None, str]], *, wanted: bool) -> dict[str, Any]:
+    """Return what is reported of a comparison, by field of the report.
 
     Args:
-        source: folder of the dense checkpoint.
-        destination: folder of the sparse one.
-        target: what was converted.
+        compare: returns the largest absolute difference, or None, and what was done, in words.
         wanted: whether to compare at all.
-
-    Raises:
-        UnfinishedConversionError: if the two differ by more than rounding.
     """
     if not wanted:
         said = {"wide_open_difference": None, "wide_open_note": "not compared: verify was off"}
         return {**said, "wide_open_bytes": None}
     before = _held_bytes("VmRSS")
-    difference, note = wide_open_difference(source, destination, target)
+    difference, note = compare()
     peak = _held_bytes("VmHWM")
     held = None if difference is None or before is None or peak is None else max(peak - before, 0)
     return {"wide_open_difference": difference, "wide_open_note": note, "wide_open_bytes": held}
@@ -107,7 +102,7 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
     with quietly(), torch.random.fork_rng(devices=[]):
         longer = config if hasattr(config, METHOD_FIELD) else None
         try:
-            want, is_whole = _outputs(target.dense_class, source, dense_config, {**inputs, **asks}, longer)
+            want, is_whole = outputs(target.dense_class, source, dense_config, {**inputs, **asks}, longer)
         except IndexError as error:
             if target.model_type in FAMILIES:
                 raise
@@ -115,7 +110,16 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
                 f"{target.model_type} reads fewer tokens than the {tokens} of its config (max_position_embeddings): where "
                 "its positions begin is not in the table of families"
             ) from error
-        got, _ = _outputs(sparse_model_class(target.dense_class), destination, config, {**inputs, **marks})
+        got, _ = outputs(sparse_model_class(target.dense_class), destination, config, {**inputs, **marks})
+    names, largest = largest_difference(want, got, is_whole=is_whole, how="with the pattern wide open")
+    kind = "texts of up to" if is_text else "sounds of" if size is None else "images of"
+    return largest, f"{' and '.join(names)} on 2 {kind} {tokens} tokens, float32"
+
+
+def largest_difference(
+    want: dict[str, Tensor], got: dict[str, Tensor], *, is_whole: bool, how: str
+) -> tuple[list[str], float]:
+    """Return the names of what can be compared, and the largest absolute difference in it."""
     # weights that the source lacks are random in both: only what stands before the head can be compared
     names = [name for name in want if name in got and (is_whole or name == "last_hidden_state")]
     largest = 0.0
@@ -124,12 +128,11 @@ def wide_open_difference(source: Path, destination: Path, target: Target) -> tup
         scale = want[name].abs().max().item()
         if not difference <= _TOLERANCE * scale:
             raise UnfinishedConversionError(
-                f"the converted model differs from its source by {difference:.2e} in {name} (of at most {scale:.2e}) with the "
-                "pattern wide open, so nothing was kept; please report this with the name of the checkpoint"
+                f"the converted model differs from its source by {difference:.2e} in {name} (of at most {scale:.2e}) {how}, so "
+                "nothing was kept; please report this with the name of the checkpoint"
             )
         largest = max(largest, difference)
-    kind = "texts of up to" if is_text else "sounds of" if size is None else "images of"
-    return largest, f"{' and '.join(names)} on 2 {kind} {tokens} tokens, float32"
+    return names, largest
 
 
 def _compared_tokens(target: Target) -> int:
@@ -141,7 +144,7 @@ def _inputs(target: Target, tokens: int) -> dict[str, Tensor]:
     """Return what both models read: two images, two sounds, or two texts of a length."""
     if target.image_size is not None:
         return _images(target, target.image_size)
-    texts = _texts(target, tokens)
+    texts = random_texts(target.dense_config, tokens)
     if target.dense_class.main_input_name != "input_features":
         return texts
     config: Any = target.dense_config
@@ -152,9 +155,8 @@ def _inputs(target: Target, tokens: int) -> dict[str, Tensor]:
     return {"input_features": features, **said}
 
 
-def _texts(target: Target, tokens: int) -> dict[str, Tensor]:
+def random_texts(config: Any, tokens: int) -> dict[str, Tensor]:
     """Return two random texts, the second padded for two fifths of its length."""
-    config = target.dense_config
     generator = torch.Generator().manual_seed(0)
     padding = getattr(config, "pad_token_id", None)
     padding = padding if isinstance(padding, int) else _PADDING
@@ -194,8 +196,8 @@ def _marks_global(target: Target, marks: Tensor) -> dict[str, Tensor]:
     return {"global_attention_mask": marks}
 
 
-def _outputs(
-    cls: Any, folder: Path, config: Any, inputs: dict[str, Any], longer: Any = None
+def outputs(
+    cls: Any, folder: Path, config: Any, inputs: dict[str, Any], longer: Any = None, *, is_training: bool = False
 ) -> tuple[dict[str, Tensor], bool]:
     """Return what a model says, of texts of the real tokens, and whether the checkpoint holds all its weights.
 
@@ -210,7 +212,7 @@ def _outputs(
             raise UnfinishedConversionError(f"{name} has shape {list(held)} where {list(wanted)} is wanted")
     if longer is not None:
         lengthen_(model, longer)
-    model.eval()
+    model.train(is_training)
     padding = inputs.get("attention_mask")
     if padding is not None and "mc_token_ids" in inspect.signature(cls.forward).parameters:
         # else GPT-2 would choose by what padding became

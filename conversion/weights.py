@@ -80,13 +80,16 @@ def plan_weights(
     spelling = Spelling(checkpoint.tensors, target.renamings, target.base_prefix)
     _check_whole(checkpoint, target, spelling)
     copies = _copies(checkpoint, target, spelling)
+    kept = {spelling.find(new) for new in target.copies}
     beside = spelling.stored.get(spelling.find(target.beside) or "")
     made: dict[str, list[int]] = {kind: [] for kind in ("moved", "tiled", "added", "dropped")}
     shards = []
     for shard in checkpoint.shards:
         pieces = []
         for tensor in shard.tensors:
-            if target.is_buffer(tensor.name):
+            # a sparse checkpoint of transformers' own may hold weights of a pattern that the destination has not
+            is_unused = ".sparse_state." in tensor.name and tensor.name not in kept
+            if target.is_buffer(tensor.name) or is_unused:
                 made["dropped"].append(tensor.numbers)
                 continue
             is_tiled = target.is_table(tensor.name) and target.length > target.length_before
@@ -105,9 +108,14 @@ def plan_weights(
 
 
 def _copies(checkpoint: Checkpoint, target: Target, spelling: Spelling) -> dict[str, list[str]]:
-    """Return, for each tensor of the source that is copied, the names of its copies, in the source's way of naming."""
+    """Return, for each tensor of the source that is copied, the names of its copies, in the source's way of naming.
+
+    A sparse checkpoint of transformers' own has some of them already.
+    """
     copies: dict[str, list[str]] = {}
     for new, origin in target.copies.items():
+        if spelling.find(new) is not None:
+            continue
         found = spelling.find(origin)
         if found is None:
             raise ConversionError(f"{checkpoint.name} lacks the tensor {origin}, which {new} would start as a copy of")

@@ -18,7 +18,7 @@ from hf_sparse.integration.sparsify import sparse_config, sparsify_
 from hf_sparse.patterns import PATTERNS, Pattern, by_head, pattern, pattern_from_dict
 
 if TYPE_CHECKING:
-    from hf_sparse.conversion import ConversionReport, FidelityReport, LayerPlan
+    from hf_sparse.conversion import ConversionReport, ExportReport, FidelityReport, LayerPlan
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,7 @@ register_configs()
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    pattern: Pattern,
+    pattern: Pattern | None = None,
     *,
     max_length: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -48,6 +48,9 @@ def convert(
 ) -> "ConversionReport":
     """Convert a dense checkpoint into a sparse one that the Auto classes load.
 
+    A checkpoint of transformers' own Longformer, LED or BigBird is a source as well: it becomes the RoBERTa, BART or BERT that
+    it otherwise is, and with no ``pattern`` it keeps its own, with the weights of its global tokens.
+
     The weights are written tensor by tensor into the folder ``<destination>.partial``, which takes the destination's place at
     the end: whatever is raised, Ctrl-C included, leaves nothing at the destination, and with ``overwrite`` what was there.
     After a kill (SIGTERM or SIGKILL) that folder stays, and the same call goes on with it: weights files that are whole are
@@ -56,7 +59,7 @@ def convert(
     Args:
         source: a folder with config.json and safetensors weights, or the id of a model on the Hub.
         destination: the folder to write; must not exist or be empty unless ``overwrite``.
-        pattern: serves every layer not named in ``layers``.
+        pattern: serves every layer not named in ``layers``; None takes that of a source which is sparse already.
         max_length: tokens of the longest text wanted; tables of positions then become longer, and every limit of length in
             the files beside is raised. None keeps the length.
         image_size: for a model that reads images, in the place of ``max_length``: pixels of the largest image wanted, or
@@ -71,7 +74,8 @@ def convert(
             centroids are moved to where the source's queries and keys are on it, by five steps of ``calibrate_``, and
             saved with the weights. None leaves them at random directions.
         overwrite: whether a destination that is not empty is replaced, all of it.
-        verify: whether the result, its patterns wide open, is compared with the source. Both are loaded in float32, one after
+        verify: whether the result, its patterns wide open, is compared with the source; a source that is sparse already is
+            compared with the pattern as it is. Both are loaded in float32, one after
             the other, and the report says what that held in memory; writing holds less than two of the largest weights file.
         allow_pickle: whether weights that are there only as ``pytorch_model.bin`` are read. Nothing but tensors is unpickled;
             the destination has safetensors.
@@ -116,6 +120,45 @@ def convert(
         token=token,
         progress=progress,
     )
+
+
+def export(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    to: str,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> "ExportReport":
+    """Write a sparse checkpoint as a Longformer, LED or BigBird of transformers' own, which runs without this package.
+
+    What a pattern says and such a class cannot is refused. The whole model is held in memory, twice. Files beside the weights
+    come along, but for the README.
+
+    Args:
+        source: a folder with a sparse checkpoint, or its id on the Hub.
+        destination: the folder to write; must not exist or be empty unless ``overwrite``.
+        to: "longformer" (from BERT, RoBERTa, XLM-RoBERTa and CamemBERT; patterns ``longformer`` without dilation, and
+            ``band``), "led" (from BART with a dense decoder; the same patterns) or "bigbird" (from the same as "longformer";
+            pattern ``bigbird``).
+        overwrite: whether a destination that is not empty is replaced, all of it.
+        verify: whether the two are compared on random texts.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub; None takes the one that was logged in with.
+
+    Returns:
+        The class, where it does something else than the source, and the largest difference between the two.
+
+    Raises:
+        ConversionError: if the source cannot be read or is dense, the destination cannot be written or the two do not agree.
+        UnsupportedModelError: if the class cannot do what the source does; says what.
+        ValueError: if ``to`` is none of the three.
+    """
+    from hf_sparse.conversion import export as run
+
+    return run(source, destination, to, overwrite=overwrite, verify=verify, revision=revision, token=token)
 
 
 def plan_layers(
@@ -226,6 +269,7 @@ __all__ = [
     "PATTERNS",
     "ConversionError",
     "ConversionReport",
+    "ExportReport",
     "FidelityReport",
     "HfSparseError",
     "LayerPlan",
@@ -235,6 +279,7 @@ __all__ = [
     "calibrate_",
     "convert",
     "explain",
+    "export",
     "imitate_",
     "inspect_fidelity",
     "keep_nodes",

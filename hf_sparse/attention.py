@@ -11,6 +11,7 @@ from hf_sparse.backends.dropout import draw_words
 from hf_sparse.backends.gather import gather_attention
 from hf_sparse.choice import BACKENDS, choose_backend, cuda_backend
 from hf_sparse.content import ContentCall, content_attention
+from hf_sparse.counted_keys import with_counted_keys
 from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
 from hf_sparse.node_means import with_pooled_nodes
 from hf_sparse.parts import Scope
@@ -114,6 +115,15 @@ def sparse_attention(
             None if mask is None else nn.functional.pad(mask, (0, key.shape[2] - tokens))
             for mask in (key_padding_mask, global_mask)
         )
+    counts = pattern.added_scores(1) is not None
+    if counts:
+        refused = {
+            "causal attention": is_causal,
+            "document_ids": document_ids is not None,
+            "cached decoding": query_positions is not None or tokens != key.shape[2],
+            "softcap": softcap is not None,
+        }
+        query, key = with_counted_keys(query, key, pattern, scale=scale, refused=refused)
     others = (key_padding_mask, global_mask, document_ids, query_positions, key_positions, state)
     if return_lse and not pattern.has_lse:
         raise ValueError(f"pattern {pattern.key!r} averages blocks, so they have no common logsumexp")
@@ -191,7 +201,7 @@ def sparse_attention(
 
     if state is None:
         out, lse = terms.with_sinks(*run(query, key, value, "all"))
-        if pattern.pools_nodes:
+        if pattern.pools_nodes or counts:
             out, lse = out[:, :, :tokens].to(dtype), lse[:, :, :tokens]
         return (out, lse) if return_lse else out
     hidden_states = _checked_hidden_states(hidden_states, query, key, pattern)

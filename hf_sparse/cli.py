@@ -12,6 +12,7 @@ from hf_sparse import drawing
 from hf_sparse.benchmarks.command import bench_command
 from hf_sparse.console import PATTERN_HELP, SET_HELP, make_app, read_pattern, run
 from hf_sparse.conversion.command import convert_command
+from hf_sparse.conversion.export_command import export_command
 from hf_sparse.conversion.inspect_command import inspect_command
 from hf_sparse.parts import Scope
 from hf_sparse.recipes.command import recipe_app
@@ -21,6 +22,7 @@ _MOST_DRAWN = 4096
 
 app = make_app()
 app.command("convert")(convert_command)
+app.command("export")(export_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
 app.add_typer(recipe_app, name="recipe")

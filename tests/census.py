@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -14,10 +14,14 @@ from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.families import family_of, parts_of
 from hf_sparse.integration.support import check_dispatches
 from hf_sparse.integration.vision import VisionFamily
+from tests.support.in_tree import read_by, write_in_tree
+from tests.support.models import tiny_batch
 from tests.support.rounding import assert_within_rounding
 from tests.support.zoo import inputs_of, said_of, tiny_of_type
 
 NARROW, WIDE = hf_sparse.pattern("band", radius=2), hf_sparse.pattern("band", radius=500)
+# types that are sparse themselves
+IN_TREE = {"longformer": "Longformer", "led": "LED", "big_bird": "BigBird", "bigbird_pegasus": "BigBirdPegasus"}
 # positions in time, height and width
 _IN_THREE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 # what a config that has no usual names needs besides
@@ -37,6 +41,8 @@ def examine(model_type: str, folder: Path) -> tuple[str, str]:
     Returns:
         "works" and the kind of its positions; "refused" and the reason; or "not tried" and what was in the way.
     """
+    if model_type in IN_TREE:
+        return _import(IN_TREE[model_type], folder)
     try:
         refusal = _refused_by_structure(model_type)
         if refusal is not None:
@@ -66,6 +72,18 @@ def examine(model_type: str, folder: Path) -> tuple[str, str]:
         longer = _load(model, folder / "longer", None)
         assert said_of(longer, inputs_of(longer, tokens=length)).isfinite().all()
     return "works", kind
+
+
+def _import(family: str, folder: Path) -> tuple[str, str]:
+    """Return what becomes of a type that is sparse itself, whose own pattern is kept."""
+    model = write_in_tree(folder / "in-tree", family)
+    hf_sparse.convert(folder / "in-tree", folder / "sparse", verify=False)
+    batch = tiny_batch(112)
+    # BigBird has its random blocks in training mode alone
+    want = read_by(model, batch, training=family.startswith("BigBird"))
+    got = read_by(AutoModel.from_pretrained(folder / "sparse"), batch)
+    assert (want - got).abs().max() < 1e-5
+    return "works", "imported"
 
 
 def kind_of(config: Any) -> str:
@@ -132,4 +150,5 @@ WORDS = {
     "buckets": "its bias by distance has no end",
     "fixed": "it keeps its own length",
     "images": "the positions of its patches are interpolated",
+    "imported": "it is sparse itself, and is read as the dense type that it otherwise is",
 }

@@ -35,6 +35,7 @@ WORKS: dict[str, str] = {
     "the positions of its patches are interpolated": "beit clip_vision_model deit dinov2 dinov2_with_registers vit",
     "its bias by distance has no end": "mt5 switch_transformers t5 umt5",
     "its table of sines goes on": "marian pegasus",
+    "it is sparse itself, and is read as the dense type that it otherwise is": "big_bird bigbird_pegasus led longformer",
 }
 
 # by the reason
@@ -67,10 +68,10 @@ REFUSED: dict[str, str] = {
         "voxtral_realtime xclip xcodec xcodec2"
     ),
     "its attention does not go through the attention interface": (
-        "autoformer big_bird bit bloom bros canine codegen convbert convnext convnextv2 cpmant cvt dac "
+        "autoformer bit bloom bros canine codegen convbert convnext convnextv2 cpmant cvt dac "
         "data2vec-vision deberta deberta-v2 dinat dinov3_convnext donut-swin dpr efficientnet encodec falcon "
         "falcon_mamba fastspeech2_conformer flaubert fnet focalnet fsmt funnel gemma3n_vision glpn gpt_neo "
-        "gpt_neox_japanese gptj hgnet_v2 hiera ibert imagegpt layoutlmv2 layoutlmv3 led levit lilt longformer luke "
+        "gpt_neox_japanese gptj hgnet_v2 hiera ibert imagegpt layoutlmv2 layoutlmv3 levit lilt luke "
         "lxmert mamba mamba2 maskformer-swin megatron-bert mgp-str mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 "
         "mpnet mra mvp nystromformer openai-gpt perceiver poolformer prophetnet pvt pvt_v2 reformer regnet rembert "
         "resnet roformer rwkv seggpt sew-d speecht5 squeezebert swiftformer swin2sr swinv2 tapas textnet timesformer "
@@ -96,7 +97,7 @@ REFUSED: dict[str, str] = {
         "gemma3n_audio gemma4_audio glm_image_vqmodel muse_spark_audio patchtsmixer patchtst speech_to_text timesfm "
         "wav2vec2-bert"
     ),
-    "some of its layers compute attention by themselves": "bigbird_pegasus longt5 pegasus_x",
+    "some of its layers compute attention by themselves": "longt5 pegasus_x",
     "a tiny copy of it does not run with our mask and our attention": "doge dots3_note_text",
     "wide open it does not say what its source says": "falcon_h1",
     "its positions do not begin at the first row of their table": "markuplm",

@@ -1,6 +1,7 @@
 """BigBird: a window of blocks, global end blocks, random blocks."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,15 +30,17 @@ class BigBird(Pattern):
         seed: of the random blocks; at least 0. Under "published" layer l draws with ``seed + l``, as the checkpoints do.
         random_plan: "published" repeats the published draw, in which random blocks come from the first 1024 tokens at
             1024, 2048, 3072 and 4096 tokens, and nearly always from the first blocks elsewhere. "full_length" draws
-            from the whole sequence and is stable as the sequence grows (see ``RandomBlocks``).
+            from the whole sequence and is stable as the sequence grows (see ``RandomBlocks``). "evaluation" computes what the
+            in-tree model does in evaluation: in the place of each random block the first block once more, which so counts
+            ``1 + num_random_blocks`` times in the softmax of all rows but those of the first and last block. It needs
+            ``length="padded"`` and is not causal, as that model.
         length: "real" lays the blocks over a sample's real tokens; "padded" over the padded length, as published, so
             that the last block may be padding and a sample's output depends on the batch it is in.
         num_external_global: global nodes that are no tokens, at least 0. Above 0 they take the place of the global first
             and last block: the paper's ETC form. Causal, they read one another alone.
 
     Source: Zaheer et al. 2020, arXiv:2007.14062, section 2: the ITC form, and the ETC form with external nodes. A pair is
-    counted once; the published gather counts some pairs twice at 1024 tokens, and the in-tree model in evaluation reads no
-    random blocks at all.
+    counted once but under "evaluation"; the published gather counts some pairs twice at 1024 tokens.
     """
 
     key: ClassVar[str] = "bigbird"
@@ -53,8 +56,13 @@ class BigBird(Pattern):
         check_count(self.num_random_blocks, "num_random_blocks", least=0)
         check_seed(self.seed)
         check_count(self.num_external_global, "num_external_global", least=0)
-        check_choice(self.random_plan, "random_plan", ("published", "full_length"))
+        check_choice(self.random_plan, "random_plan", ("published", "full_length", "evaluation"))
         check_choice(self.length, "length", ("real", "padded"))
+        if self.random_plan == "evaluation" and (self.length != "padded" or self.num_external_global):
+            raise ValueError(
+                "random_plan 'evaluation' computes what the in-tree model does in evaluation, which lays its blocks over the "
+                "padded length and has no nodes; set length='padded' and num_external_global=0, or take another plan"
+            )
 
     def num_nodes(self, n: int) -> int:
         return self.num_external_global
@@ -87,7 +95,16 @@ class BigBird(Pattern):
             node_globals(scope, self.num_external_global) if self.num_external_global else globals_,
         )
 
+    def added_scores(self, n: int) -> tuple[Tensor, Tensor] | None:
+        if self.random_plan != "evaluation":
+            return None
+        block = torch.arange(n) // self.block_size
+        is_between = (block > 0) & (block < -(-n // self.block_size) - 1)
+        return is_between.double(), (block == 0).double() * math.log1p(self.num_random_blocks)
+
     def _random_table(self, scope: Scope, blocks: int) -> Tensor:
+        if self.random_plan == "evaluation":
+            return torch.full((1, blocks, 1), -1)
         row = torch.arange(blocks)
         if self.random_plan == "full_length" or scope.is_causal or not self.num_random_blocks:
             # candidates: blocks 1 ... row - 2 and, if not causal, row + 2 ... blocks - 2

@@ -71,6 +71,10 @@ class _Combination(Pattern):
     def num_node_vectors(self) -> int:
         return max(member.num_node_vectors for member in self.members if member.has_nodes)
 
+    def added_scores(self, n: int) -> tuple[Tensor, Tensor] | None:
+        # else there are others
+        return self.members[0].added_scores(n) if len(self.members) == 1 else None
+
     @property
     def num_labels(self) -> int:
         return max(member.num_labels for member in self.members)
@@ -113,6 +117,8 @@ class _Combination(Pattern):
             raise ValueError("at most one member of a combination may have nodes that are no tokens")
         if self.is_content_based and any(member.has_nodes for member in self.members):
             raise ValueError("content-based patterns are not served beside nodes that are no tokens")
+        if len(self.members) > 1 and any(member.added_scores(1) is not None for member in self.members):
+            raise ValueError("a pattern that counts some keys more than once cannot be combined with others")
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,14 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def added_scores(self, n: int) -> tuple[Tensor, Tensor] | None:
+        """Return what is added to the scores of ``n`` tokens: a column for queries and one for keys, whose product it is.
+
+        Returns:
+            float64 ``[n]`` each; None where nothing is added.
+        """
+        return None
+
     def on_grid(self, prefix: int, height: int, width: int) -> "Pattern":
         """Return the pattern with what it leaves open about a grid of pixels filled in.
 

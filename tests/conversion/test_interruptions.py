@@ -126,7 +126,7 @@ def test_a_result_that_does_not_agree_with_its_source(
 def test_a_result_that_is_not_a_number_does_not_agree(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verify._outputs
+    real = verify.outputs
     seen: list[bool] = []
 
     def spoiled(*args: object) -> tuple[dict[str, torch.Tensor], bool]:
@@ -134,7 +134,7 @@ def test_a_result_that_is_not_a_number_does_not_agree(
         seen.append(True)
         return {name: value * float("nan") if len(seen) > 1 else value for name, value in outputs.items()}, is_whole
 
-    monkeypatch.setattr(verify, "_outputs", spoiled)
+    monkeypatch.setattr(verify, "outputs", spoiled)
     with pytest.raises(UnfinishedConversionError, match="differs from its source by nan"):
         hf_sparse.convert(bert, tmp_path / "sparse", BAND)
     assert_untouched(tmp_path, {})

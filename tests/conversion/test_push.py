@@ -95,6 +95,8 @@ attempt("pushed again", lambda: convert("later"))
 arguments = [f"{{room}}/others", "-p", "band", "--no-verify", "--push-to"]
 attempt("of others", lambda: command(*arguments, "bob/others"))
 attempt("her own", lambda: command(*arguments, "ada/others", "--private"))
+judged = ["-p", "band", "--set", "radius=4", "--texts", f"{{room}}/texts.txt", "--no-verify", "--push-to", "ada/judged"]
+attempt("judged", lambda: command(f"{{room}}/judged", *judged))
 said["elsewhere"] = elsewhere
 print(json.dumps(said))
 """
@@ -128,6 +130,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     write_checkpoint(room / "dense", "Bert", "ForMaskedLM")
     write_tokenizer(room / "dense", "Bert")
     (room / "dense/README.md").write_text(CARD)
+    (room / "texts.txt").write_text("every long river of the page reads a stone word " * 60)
     with serving(token=TOKEN) as hub:
         hub.refusals = {"/api/models/ada/later/commit/": [500]}
         ran = hub.run(PROGRAM, home, str(room), WRONG)
@@ -145,6 +148,16 @@ def test_what_is_pushed_is_the_destination(pushed: Pushed) -> None:
     assert set(pushed.hub.objects) >= {
         pushed.said["one"]["checksums"][file] for file in ("model.safetensors", "sparse_attention.png")
     }
+
+
+@pytest.mark.several_processes
+def test_with_texts_its_card_says_how_near_it_stays(pushed: Pushed) -> None:
+    assert pushed.said["judged"] == 0, pushed.output
+    card = pushed.hub.models["ada/judged"].files["README.md"].decode()
+    assert "| pattern | density | kept |" in card
+    assert "| band(radius=4) | " in card
+    assert "](sparse_attention.png)" in card
+    assert card == (pushed.room / "judged/README.md").read_text()
 
 
 @pytest.mark.several_processes

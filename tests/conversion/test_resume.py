@@ -47,7 +47,7 @@ for place, point in points.items():
     if not child:
         progress = {"first shard": at(0.25), "second shard": at(0.75)}.get(point)
         if point == "comparison":
-            sys.modules["hf_sparse.conversion.convert"].compare = die
+            sys.modules["hf_sparse.conversion.convert"].compared = die
         if point.endswith("renaming"):
             job.os.rename = renaming(1)
         if point.endswith("renamings"):

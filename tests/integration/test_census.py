@@ -26,6 +26,7 @@ SAMPLE = (
     "hubert",
     "mamba",
     "bamba",
+    "led",
 )
 BY_NAME = [
     pytest.param(row, id=row.model_type, marks=() if row.model_type in SAMPLE else pytest.mark.slow) for row in ROWS

@@ -250,7 +250,9 @@ def test_a_seed_that_is_accepted_draws(seed: int, plan: str) -> None:
         assert pattern.mask(60, layer=11).any()
 
 
-@pytest.mark.parametrize(("field", "known"), [("random_plan", "published, full_length"), ("length", "real, padded")])
+@pytest.mark.parametrize(
+    ("field", "known"), [("random_plan", "published, full_length, evaluation"), ("length", "real, padded")]
+)
 def test_bad_choices_are_refused_with_the_known_ones(field: str, known: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be one of {known}; got 'full'"):
         hf_sparse.pattern("bigbird", **{field: "full"})

@@ -34,6 +34,7 @@ FLOORS = {
     "hf_sparse.backends": 3,
     "hf_sparse.choice": 4,
     "hf_sparse.global_rows": 4,
+    "hf_sparse.counted_keys": 4,
     "hf_sparse.node_means": 4,
     "hf_sparse.score_terms": 4,
     "hf_sparse.content": 4,
