@@ -9,7 +9,14 @@ import typer
 from rich.console import Console
 
 from hf_sparse.console import PATTERN_HELP, SET_HELP, read_pattern
-from hf_sparse.conversion.inspect_command import AUTO, DENSITY_HELP, TEXTS_HELP, check_auto
+from hf_sparse.conversion.inspect_command import (
+    AUTO,
+    DENSITY_HELP,
+    TEXTS_HELP,
+    check_auto,
+    check_page,
+    read_settings,
+)
 from hf_sparse.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -74,6 +81,9 @@ def convert_command(
         ),
     ] = None,
     density: Annotated[float | None, typer.Option("--density", help=DENSITY_HELP)] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Page to write of what --texts says.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, all of it, if it is not empty.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the result, its pattern wide open, with SRC.")
@@ -115,21 +125,17 @@ def convert_command(
 
     is_auto = pattern is not None and pattern.strip() == AUTO
     budget = check_auto(is_auto, density)
-    if is_auto and texts is None:
-        raise ValueError("--pattern auto needs --texts FILE, to choose on")
-    if is_auto and (settings or layers):
-        raise ValueError("--pattern auto chooses the pattern of each layer itself; leave --set and --layer out")
-    if pattern is None and settings:
-        raise ValueError("--set is for --pattern, and none is named; name one, or leave --set out")
-    if pattern is None and texts is not None:
-        raise ValueError("--texts compares with a dense SRC, which needs --pattern; name one, or leave --texts out")
+    _check_options(is_auto, pattern, settings, layers, texts)
+    if html is not None and texts is None:
+        raise ValueError("--html writes what --texts says, and there are none; pass --texts FILE, or leave --html out")
+    check_page(html)
     named: Mapping[int | str, Pattern | str] = dict(_read_layer(text) for text in layers or ())
     reading = None if texts is None else open_reading(source, texts, max_length=max_length, revision=revision)
     chosen: Pattern | LayerPlan | None = None
     if is_auto and reading is not None:
         chosen = plan_on(reading, reading.load_dense()[0], reading.pieces[::2], budget)
     elif pattern is not None:
-        chosen = read_pattern(pattern, settings or ())
+        chosen = read_settings(pattern, settings or ())
     inspection = None
     if reading is not None and chosen is not None:
         # what cannot be inspected is told before anything is written
@@ -155,6 +161,8 @@ def convert_command(
         judge=None if inspection is None else _judge(inspection, judged),
     )
     fidelity = judged[0] if judged else None
+    if fidelity is not None and html is not None:
+        fidelity.write_html(html.expanduser())
     if as_json:
         found = {} if fidelity is None else {"fidelity": fidelity.to_dict()}
         print(json.dumps({**report.to_dict(), **found}, indent=2))
@@ -162,6 +170,24 @@ def convert_command(
     for said in (report, chosen, fidelity):
         if said is not None and not isinstance(said, Pattern):
             Console().print(said.table())
+
+
+def _check_options(
+    is_auto: bool, pattern: str | None, settings: list[str] | None, layers: list[str] | None, texts: str | None
+) -> None:
+    """Check that options fit one another.
+
+    Raises:
+        ValueError: if one lacks another, or is for something else.
+    """
+    if is_auto and texts is None:
+        raise ValueError("--pattern auto needs --texts FILE, to choose on")
+    if is_auto and (settings or layers):
+        raise ValueError("--pattern auto chooses the pattern of each layer itself; leave --set and --layer out")
+    if pattern is None and settings:
+        raise ValueError("--set is for --pattern, and none is named; name one, or leave --set out")
+    if pattern is None and texts is not None:
+        raise ValueError("--texts compares with a dense SRC, which needs --pattern; name one, or leave --texts out")
 
 
 def _judge(inspection: "Inspection", judged: "list[FidelityReport]") -> Callable[[Path], str]:

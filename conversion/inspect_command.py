@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +60,7 @@ def inspect_command(
 
     read = [None if text.strip() == AUTO else read_settings(text) for text in patterns]
     budget = check_auto(None in read, density)
-    if html is not None and not html.expanduser().absolute().parent.is_dir():
-        raise ValueError(f"--html {html}: there is no folder {html.parent}; make it first")
+    check_page(html)
     settings: dict[str, Any] = {"length": length, "max_length": max_length, "revision": revision}
     made = [one if one is not None else plan_layers(source, texts, budget, **settings) for one in read]
     report = inspect_fidelity(source, made, texts, positions=positions, **settings)
@@ -76,20 +76,31 @@ def inspect_command(
     console.print(report.table())
 
 
-def read_settings(text: str) -> Pattern:
+def check_page(html: Path | None) -> None:
+    """Check that a page may be written.
+
+    Raises:
+        ValueError: if its folder is missing.
+    """
+    if html is not None and not html.expanduser().absolute().parent.is_dir():
+        raise ValueError(f"--html {html}: there is no folder {html.parent}; make it first")
+
+
+def read_settings(text: str, settings: Sequence[str] = ()) -> Pattern:
     """Return the pattern that one argument describes, settings and all.
 
     Args:
         text: JSON; or a key, or several joined by "|", and behind them settings as ``--set`` takes them.
+        settings: more of them.
 
     Raises:
         ValueError: if a key, a field or a setting is unknown or malformed.
     """
     if text.lstrip().startswith("{"):
-        return read_pattern(text)
+        return read_pattern(text, settings)
     words = shlex.split(text)
     keys = [word for word in words if "=" not in word]
-    return read_pattern(" ".join(keys), [word for word in words if "=" in word])
+    return read_pattern(" ".join(keys), [*(word for word in words if "=" in word), *settings])
 
 
 def check_auto(is_auto: bool, density: float | None) -> float:

@@ -168,6 +168,10 @@ BAD_USE: list[tuple[tuple[str, ...], str]] = [
     (("show", '{"key": "band"'), "is not valid JSON"),
     (("convert", "a"), "hf-sparse convert: Missing argument 'DST'; try hf-sparse convert --help"),
     (("convert", "{source}", "{made}"), "is dense, so a pattern is needed; pass one (--pattern)"),
+    (
+        ("convert", "{source}", "{made}", "-p", "band", "--html", "a.html"),
+        "--html writes what --texts says, and there are none",
+    ),
     (("convert", "{source}", "{made}", "--set", "radius=2"), "--set is for --pattern, and none is named"),
     (("convert", "{source}", "{made}", "--texts", "a.txt"), "--texts compares with a dense SRC, which needs --pattern"),
     (("convert", "./nowhere", "{made}", "-p", "band"), "./nowhere is not a checkpoint"),

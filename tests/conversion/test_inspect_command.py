@@ -74,8 +74,8 @@ def test_convert_follows_the_plan_and_says_how_near_it_stays(command: Command, b
 
 
 def test_convert_with_texts_reports_on_its_one_pattern(command: Command, tmp_path: Path) -> None:
-    args = ("{model}", "{room}/sparse", "-p", "band", "--set", "radius=4", "--layer", "1=dense", "--texts", "{text}")
-    code, out, err = command("convert", *args, "--json", "--no-verify")
+    args = ("{model}", "{room}/sparse", "-p", "band radius=4", "--layer", "1=dense", "--texts", "{text}")
+    code, out, err = command("convert", *args, "--json", "--no-verify", "--html", "{room}/page.html")
     assert (code, err) == (0, "")
     report = json.loads(out)["fidelity"]
     (one,) = report["patterns"]
@@ -84,6 +84,7 @@ def test_convert_with_texts_reports_on_its_one_pattern(command: Command, tmp_pat
     assert one["layers"] == {"1": "dense"}
     assert one["kept"][1] == [1.0] * 4
     assert one["name"] == "band(radius=4)"
+    assert "band(radius=4)" in (tmp_path / "page.html").read_text()
     card = (tmp_path / "sparse/README.md").read_text()
     assert "### How near it stays to the dense model\n\nOn " in card
     assert "of `text.txt`." in card
