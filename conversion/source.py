@@ -217,6 +217,12 @@ def _transformer_folder(root: Path) -> str:
 
 
 def _check_code(name: str, folder: Path, config: dict[str, Any]) -> None:
+    if config.get("base_model_prefix") == "lsg":
+        raise ConversionError(
+            f"{name} is an LSG checkpoint, whose attention (blocks, tokens chosen by sparsity_type "
+            f"{config.get('sparsity_type')!r}, global tokens with embeddings of their own) no pattern here has; convert the "
+            "dense checkpoint it came from"
+        )
     tokenizer = folder / "tokenizer_config.json"
     held = [("config.json", config)]
     if tokenizer.is_file():
