@@ -27,12 +27,16 @@ from hf_sparse.conversion.verify import quietly
 from hf_sparse.conversion.verify_in_tree import in_tree_difference
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
+from hf_sparse.integration.card import PICTURE
 from hf_sparse.integration.families import family_of
 from hf_sparse.integration.layers import self_attention_modules, tag_of
 from hf_sparse.integration.positions import METHOD_FIELD
+from hf_sparse.integration.remote_code import MODULE
 from hf_sparse.patterns import Band, BigBird, Longformer, Pattern
 
 TYPES = {"longformer": "longformer", "led": "led", "bigbird": "big_bird"}
+# what a sparse checkpoint says of itself, and brings to be loaded by
+_OURS = ("config.json", "README.md", PICTURE, f"{MODULE}.py")
 # lengths for which the in-tree BigBird draws its random blocks from a plan for as many tokens as it reads at most
 _PLANNED_FOR = 4096
 # how the names of the classes of dense types begin
@@ -147,7 +151,7 @@ def export(
         with quietly():
             made.save_pretrained(folder)
         for path in files_of(root):
-            if not is_foreign(path) and path.name not in ("config.json", "README.md"):
+            if not is_foreign(path) and path.name not in _OURS:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(root / path, folder / path)
         difference, compared = None, "not compared: verify was off"
@@ -193,6 +197,9 @@ def _head(kin: Kin, model_type: str, config: Any, dense_name: str, name: str) ->
     refused = {
         "its embeddings are scaled (scale_embedding)": getattr(config, "scale_embedding", False),
         "it is a decoder (is_decoder)": config.is_decoder,
+        "positions are counted from pad_token_id, and it has none": (
+            model_type == "longformer" and not isinstance(config.pad_token_id, int)
+        ),
         "one of the two heads computes gelu, the other what hidden_act says": bool(names)
         and head == "ForMaskedLM"
         and config.hidden_act != "gelu",

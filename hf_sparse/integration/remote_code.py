@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-_MODULE = "register_hf_sparse"
+MODULE = "register_hf_sparse"
 
 
 def auto_map_of(config_class: Any) -> dict[str, str]:
     """Return what config.json says of the code: the config alone, since the model classes register with it."""
-    return {"AutoConfig": f"{_MODULE}.{config_class.__name__}"}
+    return {"AutoConfig": f"{MODULE}.{config_class.__name__}"}
 
 
 def write_code(folder: Path, config_class: Any) -> None:
@@ -25,4 +25,4 @@ from transformers import CONFIG_MAPPING
 
 {config_class.__name__} = CONFIG_MAPPING["{config_class.model_type}"]
 '''
-    (folder / f"{_MODULE}.py").write_text(text, encoding="utf-8")
+    (folder / f"{MODULE}.py").write_text(text, encoding="utf-8")

@@ -157,6 +157,19 @@ def test_it_runs_where_nobody_has_this_package(tmp_path: Path) -> None:
     assert (said - read_by(ours, batch)).abs().max() <= TOLERANCE
 
 
+def test_what_belongs_to_the_sparse_checkpoint_stays_behind(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "dense", "Bert", "Model")
+    write_tokenizer(tmp_path / "dense", "Bert")
+    hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", WINDOW, verify=False, remote_code=True)
+    (tmp_path / "sparse/sparse_attention.png").write_bytes(b"drawn")
+    (tmp_path / "sparse/notes.txt").write_text("kept")
+    hf_sparse.export(tmp_path / "sparse", tmp_path / "in-tree", "longformer")
+    names = {path.name for path in (tmp_path / "in-tree").iterdir()}
+    assert names == {"config.json", "model.safetensors", "notes.txt", "tokenizer.json", "tokenizer_config.json"}
+    held = json.loads((tmp_path / "in-tree/config.json").read_text())
+    assert not {"sparse_attention", "auto_map", "dense_model_type"} & held.keys()
+
+
 def test_half_precision_stays(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "dense", "Bert", "Model", dtype=torch.bfloat16)
     hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", WINDOW, verify=False)
@@ -210,6 +223,10 @@ def test_heads_decoders_and_activations_that_do_not_fit_are_refused(tmp_path: Pa
         UnsupportedModelError, match="a band has no global tokens, and LongformerForSequenceClassification"
     ):
         hf_sparse.export(tmp_path / "band", tmp_path / "in-tree", "longformer")
+    write_checkpoint(tmp_path / "no-padding", "Bert", "Model", pad_token_id=None)
+    hf_sparse.convert(tmp_path / "no-padding", tmp_path / "no-padding-sparse", WINDOW, verify=False)
+    with pytest.raises(UnsupportedModelError, match="positions are counted from pad_token_id, and it has none"):
+        hf_sparse.export(tmp_path / "no-padding-sparse", tmp_path / "in-tree", "longformer")
     tiny_decoder("Bart", "Model").save_pretrained(tmp_path / "bart")
     hf_sparse.convert(tmp_path / "bart", tmp_path / "bart-sparse", WINDOW, verify=False)
     with pytest.raises(UnsupportedModelError, match="its decoder is sparse, and an LED's is dense"):
