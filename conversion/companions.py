@@ -36,7 +36,7 @@ _FOREIGN_FILES = (
         "*.tflite",
         "*.gguf",
     ),
-    *("*.mlmodel", "*.pb", "*.npz", "*.pkl", "trainer_state.json"),
+    *("*.mlmodel", "*.pb", "*.npz", "*.pkl", "trainer_state.json", "modeling_lsg_*.py"),
 )
 VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.json", "sentencepiece.bpe.model", "spiece.model")
 
@@ -184,7 +184,12 @@ def _name_tokenizer(held: dict[str, Any], checkpoint: Checkpoint, target: Target
     """Name the tokenizer's class, which transformers would else look up by the model type."""
     if not held.get("tokenizer_class") and not checkpoint.config.get("tokenizer_class"):
         origin = checkpoint.origin
-        name = TOKENIZER_MAPPING_NAMES.get(target.model_type if origin is None else origin.model_type)
+        own = (
+            origin.model_type
+            if origin is not None and origin.model_type in TOKENIZER_MAPPING_NAMES
+            else target.model_type
+        )
+        name = TOKENIZER_MAPPING_NAMES.get(own)
         if name is not None:
             held["tokenizer_class"] = name
 

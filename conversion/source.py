@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_sparse.conversion import lsg
 from hf_sparse.conversion.hub import download
 from hf_sparse.conversion.in_tree import KIN, Origin, read_as_dense
 from hf_sparse.conversion.pickles import PICKLE, PICKLE_INDEX, read_pickle
@@ -129,6 +130,8 @@ def open_checkpoint(
 
 def _as_dense(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint as the dense one that it is but for its attention; one that is dense as it is."""
+    if lsg.is_lsg(checkpoint.config):
+        return _lsg_as_dense(checkpoint)
     kin = KIN.get(str(checkpoint.config.get("model_type")))
     if kin is None:
         return checkpoint
@@ -141,6 +144,18 @@ def _as_dense(checkpoint: Checkpoint) -> Checkpoint:
         for shard in checkpoint.shards
     )
     return dataclasses.replace(checkpoint, config=held, shards=shards, origin=origin)
+
+
+def _lsg_as_dense(checkpoint: Checkpoint) -> Checkpoint:
+    origin, held = lsg.read_as_dense(checkpoint.name, checkpoint.config)
+    dense = dataclasses.replace(checkpoint, config=held, origin=origin)
+    count, eps = origin.pattern.num_nodes(1), read_config(dense).layer_norm_eps  # type: ignore[union-attr]
+    made = lsg.dense_tensors(checkpoint.name, checkpoint.tensors, count, eps)
+    shards = tuple(
+        dataclasses.replace(shard, tensors=tuple(made.get(tensor.name, tensor) for tensor in shard.tensors))
+        for shard in checkpoint.shards
+    )
+    return dataclasses.replace(dense, shards=shards)
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -217,14 +232,9 @@ def _transformer_folder(root: Path) -> str:
 
 
 def _check_code(name: str, folder: Path, config: dict[str, Any]) -> None:
-    if config.get("base_model_prefix") == "lsg":
-        raise ConversionError(
-            f"{name} is an LSG checkpoint, whose attention (blocks, tokens chosen by sparsity_type "
-            f"{config.get('sparsity_type')!r}, global tokens with embeddings of their own) no pattern here has; convert the "
-            "dense checkpoint it came from"
-        )
     tokenizer = folder / "tokenizer_config.json"
-    held = [("config.json", config)]
+    # what LSG brings is not needed
+    held = [] if lsg.is_lsg(config) else [("config.json", config)]
     if tokenizer.is_file():
         held.append(("tokenizer_config.json", read_json(tokenizer)))
     for file, values in held:

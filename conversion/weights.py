@@ -19,6 +19,7 @@ from hf_sparse.conversion.target import Target
 from hf_sparse.errors import ConversionError
 from hf_sparse.integration.positions import longer_table, only_moves_rows
 
+_NODES = "sparse_nodes."
 # types whose numbers can be interpolated
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -80,15 +81,15 @@ def plan_weights(
     spelling = Spelling(checkpoint.tensors, target.renamings, target.base_prefix)
     _check_whole(checkpoint, target, spelling)
     copies = _copies(checkpoint, target, spelling)
-    kept = {spelling.find(new) for new in target.copies}
+    kept = {spelling.find(new) for new in (*target.copies, *target.fresh)}
     beside = spelling.stored.get(spelling.find(target.beside) or "")
     made: dict[str, list[int]] = {kind: [] for kind in ("moved", "tiled", "added", "dropped")}
     shards = []
     for shard in checkpoint.shards:
         pieces = []
         for tensor in shard.tensors:
-            # a sparse checkpoint of transformers' own may hold weights of a pattern that the destination has not
-            is_unused = ".sparse_state." in tensor.name and tensor.name not in kept
+            # a sparse source may hold weights of a pattern that the destination has not
+            is_unused = (".sparse_state." in tensor.name or _NODES in tensor.name) and tensor.name not in kept
             if target.is_buffer(tensor.name) or is_unused:
                 made["dropped"].append(tensor.numbers)
                 continue
@@ -156,6 +157,8 @@ def _carry(tensor: StoredTensor, name: str) -> Piece:
 def _fresh(tensor: StoredTensor, target: Target, spelling: Spelling) -> Iterator[Piece]:
     """Yield the weights that start as zeros, in the type of the tensor beside which they are named."""
     for name, shape in target.fresh.items():
+        if spelling.find(name) is not None:
+            continue
         size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
         zeros = functools.partial(_zeros, size)
         yield Piece(spelling.spell(name, like=target.beside), tensor.dtype, shape, size, zeros)

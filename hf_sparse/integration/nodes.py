@@ -1,7 +1,7 @@
 """Nodes that are no tokens: put behind the embeddings, taken off behind the last layer.
 
-One module on the base model does it, by three hooks of its own. Position 0 stays the first token, and what comes out has the
-caller's length.
+One module on the base model does it, by hooks of its own. Position 0 stays the first token, and what comes out has the caller's
+length.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from hf_sparse.patterns import Pattern
 
 
 class Nodes(nn.Module):
-    """The nodes of a model: each starts as the mean of some tokens' embeddings and a learned vector.
+    """The nodes of a model: each starts as the mean of some tokens' embeddings and a learned vector, or as the vector alone.
 
     Attributes:
         weight: float ``[vectors, hidden_size]``, the learned vectors; 0 in a converted checkpoint.
@@ -47,7 +47,19 @@ class Nodes(nn.Module):
         nn.init.zeros_(self.weight)
 
     def hook(self, base: nn.Module, embeddings: nn.Module) -> None:
-        """Register the hooks on a base model and its embeddings."""
+        """Register the hooks on a base model and its embeddings.
+
+        Raises:
+            UnsupportedModelError: if the first node is to be pooled and it is not known where the layers end.
+        """
+        if self.pattern.first_node_is_pooled:
+            layers = getattr(base, "encoder", None) or getattr(base, "transformer", None)
+            if not isinstance(layers, nn.Module):
+                raise UnsupportedModelError(
+                    f"{type(base).__name__} has no encoder behind which the first token could become the first global token of "
+                    f"pattern {self.pattern.key!r}"
+                )
+            layers.register_forward_hook(self._pool)
         base.register_forward_pre_hook(self._keep_given, with_kwargs=True)
         embeddings.register_forward_hook(self._append)
         base.register_forward_hook(self._take_off, always_call=True)
@@ -70,6 +82,8 @@ class Nodes(nn.Module):
         Returns:
             float ``[B, nodes, hidden_size]``; a row with fewer nodes has them first, and zeros behind them.
         """
+        if not self.pattern.nodes_start_as_means:
+            return self.weight.to(embedded.dtype).expand(len(embedded), -1, -1)
         real = embedded.new_ones(embedded.shape[:2], dtype=torch.bool) if is_real is None else is_real
         places = node_places(real, document_ids, segment_ids, self.pattern.json, True)
         running = nn.functional.pad(real.long().cumsum(1), (1, 0))
@@ -130,6 +144,14 @@ class Nodes(nn.Module):
                 said = "attention_mask" if name == "is_real" else name
                 raise ValueError(f"{said} must have shape {list(embedded.shape[:2])}, got {list(ids.shape)}")
         return torch.cat([embedded, self(embedded, **self._given)], 1)
+
+    def _pool(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        hidden, at = output[0], self._tokens
+        pooled = torch.cat([hidden[:, at : at + 1], hidden[:, 1:]], 1)  # type: ignore[operator]
+        if isinstance(output, dict):
+            output["last_hidden_state"] = pooled
+            return output
+        return (pooled, *output[1:])
 
     def _take_off(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         tokens, self._given, self._tokens = self._tokens, {}, None

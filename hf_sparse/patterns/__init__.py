@@ -18,6 +18,7 @@ from hf_sparse.patterns.global_tokens import GlobalTokens
 from hf_sparse.patterns.image_1d import Image1D
 from hf_sparse.patterns.image_2d import Image2D
 from hf_sparse.patterns.longformer import Longformer
+from hf_sparse.patterns.lsg import LSG
 from hf_sparse.patterns.parent import Pattern
 from hf_sparse.patterns.random_blocks import RandomBlocks
 from hf_sparse.patterns.reformer import Reformer
@@ -50,6 +51,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         Reformer,
         Sinkhorn,
         SAC,
+        LSG,
     )
 }
 
@@ -119,6 +121,7 @@ def _tuples(value: Any) -> Any:
 
 __all__ = [
     "ETC",
+    "LSG",
     "PATTERNS",
     "SAC",
     "Axial",

@@ -74,6 +74,16 @@ class Pattern:
         return 1
 
     @property
+    def nodes_start_as_means(self) -> bool:
+        """Whether a node starts as the mean of some tokens and a learned vector, and not as the vector alone."""
+        return True
+
+    @property
+    def first_node_is_pooled(self) -> bool:
+        """Whether the first token leaves the last layer as the first node."""
+        return False
+
+    @property
     def pools_nodes(self) -> bool:
         """Whether nodes are made on each layer from keys and values, and are no part of the sequence given."""
         return False

@@ -165,13 +165,6 @@ def test_a_quantized_source(bert: Path, room: Path) -> None:
     assert_refused(bert, room, ConversionError, "is quantized", "convert the checkpoint it was made from")
 
 
-def test_a_checkpoint_of_lsg(bert: Path, room: Path) -> None:
-    edit_json(bert / "config.json", base_model_prefix="lsg", sparsity_type="norm", auto_map={"AutoModel": "lsg.Model"})
-    assert_refused(
-        bert, room, ConversionError, "is an LSG checkpoint", "'norm'", "convert the dense checkpoint it came from"
-    )
-
-
 def test_a_source_that_is_sparse_already(bert: Path, room: Path, tmp_path: Path) -> None:
     hf_sparse.convert(bert, tmp_path / "once", BAND, verify=False)
     assert_refused(tmp_path / "once", room, ConversionError, "is sparse already (model_type 'sparse_bert')")

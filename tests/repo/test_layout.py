@@ -205,7 +205,8 @@ def test_packages_of_pyproject_are_the_folders_on_disk() -> None:
     on_disk = set()
     for folder, package in FOLDERS.items():
         holding = {path.parent for suffix in ("py", "yaml", "json") for path in (ROOT / folder).rglob(f"*.{suffix}")}
-        on_disk |= {".".join((package, *path.relative_to(ROOT / folder).parts)) for path in holding - NOT_INSTALLED}
+        holding = {path for path in holding if NOT_INSTALLED.isdisjoint((path, *path.parents))}
+        on_disk |= {".".join((package, *path.relative_to(ROOT / folder).parts)) for path in holding}
     assert set(setup["packages"]) == on_disk
     assert len(setup["packages"]) == len(on_disk)
     assert {name: folder for folder, name in FOLDERS.items()} == setup["package-dir"]

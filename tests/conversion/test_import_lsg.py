@@ -1,0 +1,182 @@
+"""Checkpoints of LSG as sources, by their config and names of weights; the oracle is loops in float64 over the dense model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
+
+import hf_sparse
+from hf_sparse.errors import ConversionError
+from tests.support.checkpoints import write_checkpoint
+from tests.support.lsg_rules import read_by_lsg
+from tests.support.models import tiny_batch
+
+TOLERANCE = 1e-5
+# as LSG writes them
+LSG: dict[str, Any] = {
+    "adaptive": True,
+    "base_model_prefix": "lsg",
+    "block_size": 8,
+    "lsh_num_pre_rounds": 1,
+    "mask_first_token": False,
+    "num_global_tokens": 3,
+    "pool_with_global": True,
+    "sparse_block_size": 8,
+    "sparsity_factor": 2,
+    "sparsity_type": "norm",
+}
+
+
+def write_lsg(
+    folder: Path, family: str = "Roberta", head: str = "Model", **fields: Any
+) -> tuple[PreTrainedModel, Tensor]:
+    """Save a tiny checkpoint as LSG does, and return its base model in float64 and its table of global tokens."""
+    dense = write_checkpoint(folder, family, head, positions=210)
+    table = 0.3 * torch.randn(512, 32, generator=torch.Generator().manual_seed(2))
+    weights = load_file(folder / "model.safetensors")
+    prefix = "" if head == "Model" else f"{dense.base_model_prefix}."
+    save_file(
+        {**weights, f"{prefix}embeddings.global_embeddings.weight": table},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    module = f"modeling_lsg_{family.lower()}"
+    own = {"architectures": [f"LSG{family}{head}"], "auto_map": {"AutoModel": f"{module}.LSG{family}Model"}}
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**held, **LSG, **own, **fields}))
+    (folder / f"{module}.py").write_text("raise ImportError")
+    return getattr(dense, dense.base_model_prefix, dense).double().eval(), table
+
+
+def settings_of(**fields: Any) -> dict[str, Any]:
+    held = {**LSG, **fields}
+    if held["sparsity_type"] is None or not held["sparse_block_size"] or not held["sparsity_factor"]:
+        held |= {"sparsity_type": "none", "sparsity_factor": 1, "sparse_block_size": 1}
+    return held
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "norm": {},
+    "norm, narrow": {"sparse_block_size": 8, "block_size": 16},
+    "pooling": {"sparsity_type": "pooling"},
+    "stride": {"sparsity_type": "stride", "sparsity_factor": 4},
+    "block_stride": {"sparsity_type": "block_stride"},
+    "none": {"sparsity_type": "none"},
+    "no type": {"sparsity_type": None},
+    "no sparse block": {"sparse_block_size": 0},
+    "no factor": {"sparsity_factor": 0},
+    "one global token": {"num_global_tokens": 1},
+    "not pooled": {"pool_with_global": False},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_it_says_what_lsg_says(tmp_path: Path, family: str, name: str) -> None:
+    fields = CASES[name]
+    dense, table = write_lsg(tmp_path / "lsg", family, **fields)
+    report = hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    assert report.imported_from == f"LSG{family}Model"
+    assert (report.added.tensors, report.dropped.tensors) == (0, 0)
+    ours = AutoModel.from_pretrained(tmp_path / "sparse").eval()
+    # the second text is padded, by no whole block
+    batch = tiny_batch(90, padding=23)
+    with torch.no_grad():
+        said = ours(**batch).last_hidden_state
+    for row, real in ((0, 90), (1, 67)):
+        want = read_by_lsg(dense, table, batch["input_ids"][row, :real], settings_of(**fields))
+        assert want.abs().max() > 1
+        assert (said[row, :real] - want).abs().max() <= TOLERANCE
+
+
+def test_a_head_reads_the_first_global_token(tmp_path: Path) -> None:
+    dense, table = write_lsg(tmp_path / "lsg", "Roberta", "ForSequenceClassification")
+    hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    ours = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse").eval()
+    batch = tiny_batch(90, padding=0)
+    with torch.no_grad():
+        said = ours(**batch).logits
+        first = read_by_lsg(dense, table, batch["input_ids"][0], LSG)[:1].float()
+        want = ours.classifier(first[None])
+    assert (said[0] - want[0]).abs().max() <= TOLERANCE
+
+
+def test_what_is_saved_again_says_the_same_and_trains(tmp_path: Path) -> None:
+    write_lsg(tmp_path / "lsg", "Roberta", "ForMaskedLM")
+    report = hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse", max_length=400)
+    assert (report.max_length_before, report.max_length) == (208, 400)
+    assert report.wide_open_note == "not compared: the code of LSG roberta does not run"
+    assert report.files_left_behind == ("modeling_lsg_roberta.py",)
+    held = json.loads((tmp_path / "sparse/config.json").read_text())
+    assert held["architectures"] == ["SparseRobertaForMaskedLM"]
+    assert not {*LSG, "auto_map"} & held.keys()
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "sparse")
+    model.save_pretrained(tmp_path / "again")
+    batch = tiny_batch(300)
+    with torch.no_grad():
+        first = model.eval()(**batch).logits
+        again = AutoModelForMaskedLM.from_pretrained(tmp_path / "again").eval()(**batch).logits
+    assert torch.equal(first, again)
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    assert model.roberta.sparse_nodes.weight.grad.abs().max() > 0
+
+
+def test_half_precision_and_another_pattern(tmp_path: Path) -> None:
+    write_lsg(tmp_path / "lsg")
+    path = tmp_path / "lsg/model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    assert load_file(tmp_path / "sparse/model.safetensors")["sparse_nodes.weight"].dtype == torch.bfloat16
+    report = hf_sparse.convert(tmp_path / "lsg", tmp_path / "band", hf_sparse.pattern("band", radius=4))
+    assert report.dropped.tensors == 1
+    assert "sparse_nodes.weight" not in load_file(tmp_path / "band/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sparsity_type": "lsh"}, "has sparsity_type 'lsh', which draws hashes anew in each pass"),
+        ({"sparsity_type": "bos_pooling"}, "has sparsity_type 'bos_pooling', which reads padding"),
+        ({"mask_first_token": True}, "has mask_first_token, which no pattern here has"),
+        ({"is_decoder": True}, "has is_decoder, and its pattern cannot be causal"),
+        ({"model_type": "distilbert"}, "is an LSG distilbert, and only LSG checkpoints of bert, camembert, roberta"),
+        (
+            {"block_size": 8, "sparsity_factor": 8, "sparsity_type": "stride"},
+            "keeps 1 tokens of a block, an odd number",
+        ),
+        ({"sparsity_factor": 3}, "sparsity_factor must divide block_size"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    write_lsg(tmp_path / "lsg", **fields)
+    with pytest.raises(ValueError, match=said):
+        hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_missing_weights_and_what_needs_a_dense_source_are_refused(tmp_path: Path) -> None:
+    write_lsg(tmp_path / "lsg")
+    (tmp_path / "text").write_text("a word")
+    with pytest.raises(ConversionError, match=r"needs a dense source, and .* is a LSG roberta"):
+        hf_sparse.plan_layers(tmp_path / "lsg", tmp_path / "text", 0.5)
+    path = tmp_path / "lsg/model.safetensors"
+    weights = load_file(path)
+    del weights["embeddings.global_embeddings.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ConversionError, match=r"lacks embeddings\.global_embeddings\.weight with 3 rows"):
+        hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+
+
+def test_a_dense_model_may_have_the_pattern_too(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "dense", "Bert", "Model")
+    pattern = hf_sparse.pattern("lsg", block_size=8, sparse_block_size=8)
+    report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", pattern)
+    assert report.wide_open_note.startswith("not comparable: tokens read global tokens")
+    said = AutoModel.from_pretrained(tmp_path / "sparse")(**tiny_batch(60)).last_hidden_state
+    assert said.isfinite().all()
