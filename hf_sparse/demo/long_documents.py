@@ -59,7 +59,12 @@ EXPERIMENTS = {
         "CUAD, 33 clauses of contracts",
         {"label_column": "labels", "train_size": 120, "learning_rate": 2e-5, "head_learning_rate": 6e-2},
     ),
-    "qmsum": Experiment("retrieve", "QMSum, the meeting that a query is about", {"query_column": "queries.query"}),
+    # of 1e-4 and 3e-4, likewise, by mean reciprocal rank: 0.455 and 0.435, and 0.332 without training
+    "qmsum": Experiment(
+        "retrieve",
+        "QMSum, the meeting that a query is about",
+        {"query_column": "queries.query", "learning_rate": 1e-4},
+    ),
 }
 SETTINGS = {
     "epochs": 2.0,

@@ -24,7 +24,7 @@ from hf_sparse.demo.corpus import PASSAGE, Corpus, read_corpus
 from hf_sparse.demo.embed import CHUNK
 from hf_sparse.demo.fidelity import HEAD, fidelity_lines
 from hf_sparse.demo.report import BIGBIRD, LONGFORMER, Row, checked_source, dense_rows, measure
-from hf_sparse.patterns import PATTERNS, Pattern, Union, pattern, pattern_from_dict
+from hf_sparse.patterns import LSG, PATTERNS, Pattern, Union, pattern, pattern_from_dict
 
 # what stands outside of these two lines is written by hand, or by others
 START = "<!-- systems: `make systems` writes what follows, up to the next line of this kind -->"
@@ -94,8 +94,8 @@ class Score:
 
 
 def text_systems() -> list[str]:
-    """Return the keys of the patterns that do not ask for a grid of pixels."""
-    return [key for key, cls in PATTERNS.items() if cls.on_grid is Pattern.on_grid]
+    """Return the keys of the patterns that neither ask for a grid of pixels nor for embeddings that a dense source has not."""
+    return [key for key, cls in PATTERNS.items() if cls.on_grid is Pattern.on_grid and cls is not LSG]
 
 
 def key_of(system: Pattern) -> str:

@@ -271,7 +271,7 @@ def test_progress_is_told_of_every_byte(bert: Path, tmp_path: Path) -> None:
 
 
 # those whose defaults do not fit a short text, and those whose nodes the source has not
-UNLIKE = ("block_local", "random", "bigbird", "axial", "image_2d", "star", "etc")
+UNLIKE = ("block_local", "random", "bigbird", "axial", "image_2d", "star", "etc", "lsg")
 
 
 @pytest.mark.parametrize(
