@@ -139,7 +139,8 @@ def _section(name: str, folder: Path) -> list[str]:
             for run in found["runs"]:
                 own = key if run["model"] == "sparse" else run["model"]
                 title = found["models"][run["model"]]["title"]
-                models.setdefault(own, {"title": title.replace("sparse,", f"{key},")})
+                # a union is called by its first member
+                models.setdefault(own, {"title": title if own != key else f"{key}{title[title.index(',') :]}"})
                 runs.append({**run, "model": own})
     last = next(reversed(files.values()))
     seeds = {key: [str(run["seed"]) for run in runs if run["model"] == key] for key in models}
