@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse.conversion.in_tree import Origin
-from hf_sparse.conversion.shards import StoredTensor, cut
+from hf_sparse.conversion.shards import FLOATS, StoredTensor, cut
 from hf_sparse.errors import ConversionError, UnsupportedModelError
 
 # what a config of LSG says besides the dense one's
@@ -21,13 +21,43 @@ _FIELDS = (
     "sparsity_type",
     "num_global_tokens",
     "pool_with_global",
+    "pass_global_tokens_to_decoder",
 )
 _OTHERS = ("adaptive", "auto_map", "base_model_prefix", "lsh_num_pre_rounds", "mask_first_token")
-# of which global tokens are put behind the embeddings as here
-_KNOWN = ("bert", "camembert", "roberta", "xlm-roberta")
-_TABLE = "embeddings.global_embeddings.weight"
-_NORM = "embeddings.LayerNorm."
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model type has what its global tokens start as.
+
+    Attributes:
+        table: name of the table, behind the prefix of the base model.
+        norm: how the names of its norm begin.
+        eps: of the norm; None where the config says it.
+        projection: how the names begin of what comes behind the norm; "" for nothing.
+        nodes: what stands before "sparse_nodes".
+    """
+
+    table: str = "embeddings.global_embeddings.weight"
+    norm: str = "embeddings.LayerNorm."
+    eps: float | None = None
+    projection: str = ""
+    nodes: str = ""
+
+
+_OF_BERT = _Place()
+_OF_BART = _Place("encoder.global_embeddings.weight", "encoder.layernorm_embedding.", 1e-5, nodes="encoder.")
+_PLACES = {
+    "albert": _Place(projection="encoder.embedding_hidden_mapping_in."),
+    "bart": _OF_BART,
+    "bert": _OF_BERT,
+    "camembert": _OF_BERT,
+    "distilbert": _Place(eps=1e-12),
+    "electra": _Place(projection="embeddings_project."),
+    "mbart": _OF_BART,
+    "roberta": _OF_BERT,
+    "xlm-roberta": _OF_BERT,
+}
 
 
 def is_lsg(config: dict[str, Any]) -> bool:
@@ -42,9 +72,9 @@ def read_as_dense(name: str, config: dict[str, Any]) -> tuple[Origin, dict[str, 
         UnsupportedModelError: if its model type or a setting of it cannot be read; says which.
     """
     model_type = config.get("model_type")
-    if model_type not in _KNOWN:
+    if model_type not in _PLACES:
         raise UnsupportedModelError(
-            f"{name} is an LSG {model_type}, and only LSG checkpoints of {', '.join(_KNOWN)} can be read; convert the dense "
+            f"{name} is an LSG {model_type}, and only LSG checkpoints of {', '.join(_PLACES)} can be read; convert the dense "
             "checkpoint it came from"
         )
     fields = {field: config[field] for field in _FIELDS if field in config}
@@ -78,54 +108,63 @@ def read_as_dense(name: str, config: dict[str, Any]) -> tuple[Origin, dict[str, 
 
 @dataclass(frozen=True)
 class NodeVectors(StoredTensor):
-    """What global tokens start as: rows of a table, normed as embeddings are.
+    """What global tokens start as: rows of a table, normed and projected as embeddings are.
 
     Attributes:
         table: the table.
         weight: of the norm.
         bias: of the norm.
         eps: of the norm.
+        projection: weight and bias of what comes behind the norm; empty for nothing.
     """
 
     table: StoredTensor
     weight: StoredTensor
     bias: StoredTensor
     eps: float
+    projection: tuple[StoredTensor, ...] = ()
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the tensor's bytes."""
         rows, weight, bias = (_read(tensor).float() for tensor in (self.table, self.weight, self.bias))
         normed = torch.nn.functional.layer_norm(rows[: self.shape[0]], weight.shape, weight, bias, self.eps)
-        yield from cut(normed.to(_DTYPES[self.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if self.projection:
+            normed = torch.nn.functional.linear(normed, *(_read(tensor).float() for tensor in self.projection))
+        yield from cut(normed.to(FLOATS[self.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _read(tensor: StoredTensor) -> Tensor:
-    held = torch.frombuffer(bytearray().join(tensor.chunks()), dtype=_DTYPES[tensor.dtype])
+    held = torch.frombuffer(bytearray().join(tensor.chunks()), dtype=FLOATS[tensor.dtype])
     return held.view(tensor.shape)
 
 
-def dense_tensors(name: str, tensors: dict[str, StoredTensor], count: int, eps: float) -> dict[str, StoredTensor]:
+def dense_tensors(name: str, tensors: dict[str, StoredTensor], count: int, config: Any) -> dict[str, StoredTensor]:
     """Return what takes the place of tensors of an LSG checkpoint, by the name they have there.
 
     Args:
         name: of the checkpoint.
         tensors: all of them.
         count: global tokens.
-        eps: of the norm of the embeddings.
+        config: of the dense model.
 
     Raises:
         ConversionError: if one is missing.
     """
-    found = [key for key in tensors if key.endswith(_TABLE)]
-    prefix = found[0].removesuffix(_TABLE) if found else ""
-    norm = [tensors.get(f"{prefix}{_NORM}{part}") for part in ("weight", "bias")]
-    if not found or norm[0] is None or norm[1] is None or tensors[found[0]].shape[0] < count:
-        raise ConversionError(f"{name} lacks {_TABLE} with {count} rows, or the norm that belongs to it")
-    table = tensors[found[0]]
-    shape = (count, *table.shape[1:])
-    size = (table.stop - table.start) // table.shape[0] * count
-    assert size == prod(shape) * _DTYPES[table.dtype].itemsize
-    made = NodeVectors(
-        f"{prefix}sparse_nodes.weight", table.dtype, shape, table.path, 0, size, table, norm[0], norm[1], eps
+    place = _PLACES[config.model_type]
+    key = next((key for key in tensors if key.endswith(place.table)), place.table)
+    prefix = key.removesuffix(place.table)
+    norm, projection = (
+        [tensors[own] for own in (f"{prefix}{start}weight", f"{prefix}{start}bias") if start and own in tensors]
+        for start in (place.norm, place.projection)
     )
-    return {found[0]: made}
+    table = tensors.get(key)
+    if table is None or len(norm) < 2 or table.shape[0] < count:
+        raise ConversionError(f"{name} lacks {place.table} with {count} rows, or the norm that belongs to it")
+    eps = config.layer_norm_eps if place.eps is None else place.eps
+    shape = (count, *(projection[0].shape[:1] if projection else table.shape[1:]))
+    size = prod(shape) * FLOATS[table.dtype].itemsize
+    own, (weight, bias) = f"{prefix}{place.nodes}sparse_nodes.weight", norm
+    made = NodeVectors(
+        own, table.dtype, shape, table.path, 0, size, table, weight, bias, eps, projection=tuple(projection)
+    )
+    return {key: made}

@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 from hf_sparse.errors import ConversionError, UnfinishedConversionError
 
 # bits of one number, by the format's name of its type
@@ -20,6 +22,8 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+# types whose numbers can be computed with
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # what the format's own reader accepts
 _MOST_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 22

@@ -149,8 +149,8 @@ def _as_dense(checkpoint: Checkpoint) -> Checkpoint:
 def _lsg_as_dense(checkpoint: Checkpoint) -> Checkpoint:
     origin, held = lsg.read_as_dense(checkpoint.name, checkpoint.config)
     dense = dataclasses.replace(checkpoint, config=held, origin=origin)
-    count, eps = origin.pattern.num_nodes(1), read_config(dense).layer_norm_eps  # type: ignore[union-attr]
-    made = lsg.dense_tensors(checkpoint.name, checkpoint.tensors, count, eps)
+    count = origin.pattern.num_nodes(1)  # type: ignore[union-attr]
+    made = lsg.dense_tensors(checkpoint.name, checkpoint.tensors, count, read_config(dense))
     shards = tuple(
         dataclasses.replace(shard, tensors=tuple(made.get(tensor.name, tensor) for tensor in shard.tensors))
         for shard in checkpoint.shards

@@ -13,15 +13,13 @@ from torch import Tensor
 from hf_sparse.conversion.names import Spelling
 from hf_sparse.conversion.pickles import PICKLE_INDEX
 from hf_sparse.conversion.report import Count
-from hf_sparse.conversion.shards import Piece, StoredTensor, cut, header_of
+from hf_sparse.conversion.shards import FLOATS, Piece, StoredTensor, cut, header_of
 from hf_sparse.conversion.source import INDEX, Checkpoint
 from hf_sparse.conversion.target import Target
 from hf_sparse.errors import ConversionError
 from hf_sparse.integration.positions import longer_table, only_moves_rows
 
 _NODES = "sparse_nodes."
-# types whose numbers can be interpolated
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -166,10 +164,10 @@ def _fresh(tensor: StoredTensor, target: Target, spelling: Spelling) -> Iterator
 
 def _centroids(tensor: StoredTensor, target: Target, spelling: Spelling, held: Mapping[str, Tensor]) -> Iterator[Piece]:
     """Yield what a calibration set, in the type of the tensor beside which it is named."""
-    kind = tensor.dtype if tensor.dtype in _DTYPES else "F32"
+    kind = tensor.dtype if tensor.dtype in FLOATS else "F32"
     for name, shape in target.centroids.items():
-        size = _DTYPES[kind].itemsize * prod(shape)
-        chunks = functools.partial(_bytes_of, held, name, _DTYPES[kind])
+        size = FLOATS[kind].itemsize * prod(shape)
+        chunks = functools.partial(_bytes_of, held, name, FLOATS[kind])
         yield Piece(spelling.spell(name, like=target.beside), kind, shape, size, chunks)
 
 
@@ -183,14 +181,14 @@ def _zeros(size: int) -> Iterator[bytes]:
 
 def _lengthen(tensor: StoredTensor, checkpoint: Checkpoint, target: Target) -> Piece:
     is_moved, shape = only_moves_rows(target.config), target.table_shape
-    if not is_moved and tensor.dtype not in _DTYPES:
+    if not is_moved and tensor.dtype not in FLOATS:
         raise ConversionError(f"{checkpoint.name}: {tensor.name} has type {tensor.dtype}, which cannot be interpolated")
     size = (tensor.stop - tensor.start) // prod(tensor.shape) * prod(shape)
 
     def chunks() -> Iterator[bytes]:
         held = torch.frombuffer(bytearray().join(tensor.chunks()), dtype=torch.uint8)
         # as bytes where rows only move, so that every type is moved and none is rounded
-        held = held.view(tensor.shape[0], -1) if is_moved else held.view(_DTYPES[tensor.dtype]).view(tensor.shape)
+        held = held.view(tensor.shape[0], -1) if is_moved else held.view(FLOATS[tensor.dtype]).view(tensor.shape)
         table = longer_table(held, target.dense_config, target.config)
         yield from cut(table.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 

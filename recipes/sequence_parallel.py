@@ -158,7 +158,7 @@ def _why_not(pattern: Pattern, model: PreTrainedModel) -> str | None:
     for member in members:
         if member is not pattern and (why := _why_not(member, model)) is not None:
             return f"{member.key!r}: {why}"
-    if pattern.has_nodes and not pattern.pools_nodes:
+    if pattern.has_lasting_nodes:
         return "it has nodes that are no tokens, so no rank's stretch holds them"
     for member in members:
         if member.is_content_based and not hasattr(member, "patterns") and member.key not in _BY_HEAD_ALONE:

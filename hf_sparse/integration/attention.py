@@ -73,7 +73,7 @@ def attend(
     mask = read_mask(attention_mask, module, is_causal)
     window = sliding_window if mask.window is None else mask.window
     _refuse(module, mask, window)
-    has_nodes = tag.pattern is not None and tag.pattern.has_nodes and not tag.pattern.pools_nodes
+    has_nodes = tag.pattern is not None and tag.pattern.has_lasting_nodes
     if has_nodes:
         mask = _with_nodes(tag.pattern, mask, key, document_ids)  # type: ignore[arg-type]
         position_ids = None
@@ -147,7 +147,7 @@ class NamedPattern:
                 f"this model is sparse already, with the pattern of its config; attn_implementation="
                 f"'hf_sparse:{self.pattern.key}' is for dense models. Load it with 'hf_sparse', or with 'sdpa' to see it dense"
             )
-        if self.pattern.has_nodes and not self.pattern.pools_nodes:
+        if self.pattern.has_lasting_nodes:
             raise ValueError(
                 f"pattern {self.pattern.key!r} has nodes that live through all layers, so no attention name can serve it; "
                 "use hf_sparse.sparsify_(model, pattern)"

@@ -74,7 +74,7 @@ class SparseModelMixin:
         entry = read_entry(self.config)  # type: ignore[attr-defined]
         self._sparse_fresh = attach(self, entry)  # type: ignore[arg-type]
         give_distances_(self, NAME)  # type: ignore[arg-type]
-        add_nodes(self, entry)  # type: ignore[arg-type]
+        add_nodes(self)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
         # weights that are not in a dense checkpoint are not missing: they start as copies
         ours = (r"\.sparse_state\.", r"(^|\.)sparse_nodes\.")

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from hf_sparse.attention import check_segments_are_known
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.attention import documents_of, refuse_packed
-from hf_sparse.integration.entry import Entry
+from hf_sparse.integration.layers import self_attention_modules, tag_of
 from hf_sparse.integration.register import NAME
 from hf_sparse.node_means import node_places, span_means
 from hf_sparse.patterns import Pattern
+
+# behind which of a base model's parts nodes are put: the first that it has; and of an encoder beside a decoder
+_EMBEDDINGS = ("encoder.embedding_hidden_mapping_in", "embeddings_project", "embeddings")
+_OF_ENCODER = ("layernorm_embedding",)
 
 
 class Nodes(nn.Module):
@@ -30,11 +34,13 @@ class Nodes(nn.Module):
     Args:
         pattern: says how many nodes there are and which tokens each starts as.
         hidden_size: width of the embeddings.
+        is_read: whether a decoder reads what becomes of them, so that the encoder's output keeps them.
     """
 
-    def __init__(self, pattern: Pattern, hidden_size: int) -> None:
+    def __init__(self, pattern: Pattern, hidden_size: int, *, is_read: bool = False) -> None:
         super().__init__()
         self.pattern = pattern
+        self.is_read = is_read
         self.weight = nn.Parameter(torch.empty(pattern.num_node_vectors, hidden_size))
         # of the pass under way: what was given about the tokens, and how many there are once that is known
         self._given: dict[str, Tensor | None] = {}
@@ -46,15 +52,20 @@ class Nodes(nn.Module):
         """Set the learned vectors to 0."""
         nn.init.zeros_(self.weight)
 
-    def hook(self, base: nn.Module, embeddings: nn.Module) -> None:
-        """Register the hooks on a base model and its embeddings.
+    def hook(self, base: nn.Module, embeddings: nn.Module, layers: nn.Module | None, decoder: nn.Module | None) -> None:
+        """Register the hooks on a base model and parts of it.
+
+        Args:
+            base: gets tokens and gives hidden states.
+            embeddings: behind which the nodes are put.
+            layers: what runs them all, or the base model itself where nothing else reads them; None where that is not known.
+            decoder: reads what the base model gives; None where there is none.
 
         Raises:
             UnsupportedModelError: if the first node is to be pooled and it is not known where the layers end.
         """
-        if self.pattern.first_node_is_pooled:
-            layers = getattr(base, "encoder", None) or getattr(base, "transformer", None)
-            if not isinstance(layers, nn.Module):
+        if self.pattern.first_node_is_pooled and not self.is_read:
+            if layers is None:
                 raise UnsupportedModelError(
                     f"{type(base).__name__} has no encoder behind which the first token could become the first global token of "
                     f"pattern {self.pattern.key!r}"
@@ -63,6 +74,8 @@ class Nodes(nn.Module):
         base.register_forward_pre_hook(self._keep_given, with_kwargs=True)
         embeddings.register_forward_hook(self._append)
         base.register_forward_hook(self._take_off, always_call=True)
+        if self.is_read and decoder is not None:
+            decoder.register_forward_pre_hook(self._let_read, with_kwargs=True)
 
     def forward(
         self,
@@ -160,11 +173,25 @@ class Nodes(nn.Module):
         total = tokens + self.pattern.num_nodes(tokens)
         if self._kept is not None:
             self._kept.append(output[0][:, tokens:total])
+        if self.is_read:
+            return output
         if isinstance(output, dict):
             for name, value in output.items():
                 output[name] = _cut(value, tokens, total)
             return output
         return _cut(output, tokens, total)
+
+    def _let_read(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give a decoder a padding mask with room for the nodes, if what it reads has them."""
+        hidden, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if hidden is None or mask is None or mask.dim() != 2:
+            return args, kwargs
+        more = hidden.shape[1] - mask.shape[1]
+        if more and more == self.pattern.num_nodes(mask.shape[1]):
+            kwargs = {**kwargs, "encoder_attention_mask": nn.functional.pad(mask, (0, more), value=1)}
+        return args, kwargs
 
 
 def _cut(value: Any, tokens: int, total: int) -> Any:
@@ -202,32 +229,40 @@ def keep_nodes(model: nn.Module) -> Iterator[list[Tensor]]:
         held[0]._kept = None
 
 
-def add_nodes(model: nn.Module, entry: Entry) -> None:
-    """Give the base model of a model the nodes that its patterns ask for; one that has them keeps them.
+def add_nodes(model: nn.Module) -> None:
+    """Give a model whose layers are tagged the nodes that their patterns ask for; one that has them keeps them.
 
     Raises:
-        ValueError: if layers differ in their nodes.
+        ValueError: if layers differ in their nodes, or a decoder is to read nodes of its own.
         UnsupportedModelError: if the model has no embeddings to put nodes behind.
     """
-    patterns = [entry.pattern, *(pattern for _, pattern in entry.layers)]
-    asking = [pattern for pattern in patterns if pattern is not None and pattern.has_nodes and not pattern.pools_nodes]
-    if not asking:
+    tags = [tag for tag in (tag_of(module) for *_, module in self_attention_modules(model)) if tag is not None]
+    reading = [tag for tag in tags if tag.pattern is not None and tag.pattern.has_lasting_nodes]
+    if not reading:
         return
-    if entry.layers:
-        raise ValueError(
-            f"pattern {asking[0].key!r} has nodes that live through all layers, so it has to serve all: give no layers"
-        )
+    pattern: Any = reading[0].pattern
     base: Any = getattr(model, "base_model", model)
+    decoder = getattr(base, "decoder", None) if base.config.is_encoder_decoder else None
+    is_uneven = len({tag.pattern for tag in tags if tag.stack != "decoder"}) > 1
+    if is_uneven or any(tag.stack == "decoder" for tag in reading):
+        raise ValueError(
+            f"pattern {pattern.key!r} has nodes that live through all layers, so it has to serve all"
+            f"{'' if decoder is None else ' of the encoder, and none of the decoder'}: give no layers"
+        )
+    if decoder is not None:
+        base = base.encoder
     if isinstance(getattr(base, "sparse_nodes", None), Nodes):
         return
-    embeddings = getattr(base, "embeddings_project", None) or getattr(base, "embeddings", None)
+    held = dict(base.named_modules())
+    embeddings = next((held[name] for name in (_EMBEDDINGS if decoder is None else _OF_ENCODER) if name in held), None)
     if embeddings is None:
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no embeddings that nodes could be put behind, which pattern {asking[0].key!r} needs"
+            f"{type(base).__name__} has no embeddings that nodes could be put behind, which pattern {pattern.key!r} needs"
         )
-    weight = next(base.parameters())
-    nodes = Nodes(asking[0], base.config.hidden_size).to(device=weight.device, dtype=weight.dtype)
-    nodes.hook(base, embeddings)
+    weight, is_read = next(base.parameters()), decoder is not None and pattern.decoder_reads_nodes
+    nodes = Nodes(pattern, base.config.hidden_size, is_read=is_read).to(device=weight.device, dtype=weight.dtype)
+    layers = getattr(base, "encoder", None) or getattr(base, "transformer", None) if decoder is None else base
+    nodes.hook(base, embeddings, layers, decoder)
     base.sparse_nodes = nodes
 
 

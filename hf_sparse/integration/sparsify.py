@@ -74,7 +74,7 @@ def sparsify_(
     model.set_attn_implementation(NAME)
     start_states(attach(model, entry))
     give_distances_(model, NAME)
-    add_nodes(model, entry)
+    add_nodes(model)
     reset_nodes(model)
     return model
 
@@ -88,12 +88,14 @@ def _fitted(entry: Entry, config: Any) -> Entry:
     entry = _with_own_windows(fitted_entry(entry, config), config)
     if not getattr(config, "is_encoder_decoder", False):
         return entry
-    pattern, named = entry.pattern.for_decoder(), dict(entry.layers)
+    named = dict(entry.layers)
+    # nodes would know what comes
+    pattern = None if entry.pattern.has_lasting_nodes else entry.pattern.for_decoder()
     if pattern == entry.pattern:
         return entry
     keys = [f"decoder.{layer}" for layer in range(_decoder_layers(config))]
     left = tuple((key, pattern) for key in keys if key not in named)
-    if left and not pattern.is_content_based and not pattern.density(2, is_causal=True):
+    if pattern is not None and left and not pattern.is_content_based and not pattern.density(2, is_causal=True):
         raise ValueError(
             f"pattern {entry.pattern.key!r} has global tokens alone, which are the encoder's, so that the decoder would read "
             "nothing; unite it with another, such as hf_sparse.pattern('band'), or give the decoder layers of their own"

@@ -30,7 +30,9 @@ class LSG(ContentPattern):
             ``sparsity_factor``-th token, heads beginning one after the other. "block_stride": consecutive tokens of each block,
             other ones on the next head. "none": no token.
         num_global_tokens: global tokens; at least 1.
-        pool_with_global: whether the first token leaves the encoder as the first global token.
+        pool_with_global: whether the first token leaves the encoder as the first global token; where a decoder reads global
+            tokens it does not.
+        pass_global_tokens_to_decoder: whether a decoder beside the encoder reads the global tokens too.
 
     Source: Condevaux and Harispe 2022, arXiv:2210.15497, and ccdv-ai/convert_checkpoint_to_lsg. Left out are "lsh", which draws
     hashes anew in each pass, "bos_pooling", which reads padding, and ``mask_first_token``. A mean is that of its tokens,
@@ -44,12 +46,14 @@ class LSG(ContentPattern):
     sparsity_type: str = "norm"
     num_global_tokens: int = 1
     pool_with_global: bool = True
+    pass_global_tokens_to_decoder: bool = True
 
     def check_fields(self) -> None:
         for name in ("block_size", "sparse_block_size", "sparsity_factor", "num_global_tokens"):
             check_count(getattr(self, name), name, least=1)
         check_choice(self.sparsity_type, "sparsity_type", ("none", "norm", "pooling", "stride", "block_stride"))
-        check_switch(self.pool_with_global, "pool_with_global")
+        for name in ("pool_with_global", "pass_global_tokens_to_decoder"):
+            check_switch(getattr(self, name), name)
         if self.sparsity_type != "none":
             self._check_sizes()
 
@@ -96,6 +100,10 @@ class LSG(ContentPattern):
     @property
     def first_node_is_pooled(self) -> bool:
         return self.pool_with_global
+
+    @property
+    def decoder_reads_nodes(self) -> bool:
+        return self.pass_global_tokens_to_decoder
 
     def wide_open(self, length: int) -> "LSG":
         raise ValueError("tokens read global tokens with embeddings of their own, which a dense source has not")

@@ -93,6 +93,16 @@ class Pattern:
         """Whether nodes that are no tokens stand behind the tokens."""
         return self.num_nodes(2) > 0
 
+    @property
+    def has_lasting_nodes(self) -> bool:
+        """Whether its nodes live through all layers of a model."""
+        return self.has_nodes and not self.pools_nodes
+
+    @property
+    def decoder_reads_nodes(self) -> bool:
+        """Whether a decoder beside the encoder reads what became of the encoder's nodes too."""
+        return False
+
     def num_tokens(self, total: int) -> int:
         """Return of how many positions, tokens and nodes together, how many are tokens; the inverse of ``num_nodes``.
 

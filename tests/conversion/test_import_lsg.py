@@ -9,12 +9,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import hf_sparse
 from hf_sparse.errors import ConversionError
 from tests.support.checkpoints import write_checkpoint
-from tests.support.lsg_rules import read_by_lsg
+from tests.support.lsg_rules import decoded_by_lsg, read_by_lsg
 from tests.support.models import tiny_batch
 
 TOLERANCE = 1e-5
@@ -31,25 +31,41 @@ LSG: dict[str, Any] = {
     "sparsity_factor": 2,
     "sparsity_type": "norm",
 }
+# of encoder-decoders
+BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 37,
+    "init_std": 0.2,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "Albert": {"embedding_size": 24, "num_hidden_groups": 2},
+    "Electra": {"embedding_size": 24},
+    "Bart": BART,
+    "MBart": BART,
+}
 
 
-def write_lsg(
-    folder: Path, family: str = "Roberta", head: str = "Model", **fields: Any
-) -> tuple[PreTrainedModel, Tensor]:
+def write_lsg(folder: Path, family: str = "Roberta", head: str = "Model", **fields: Any) -> tuple[Any, Tensor]:
     """Save a tiny checkpoint as LSG does, and return its base model in float64 and its table of global tokens."""
-    dense = write_checkpoint(folder, family, head, positions=210)
-    table = 0.3 * torch.randn(512, 32, generator=torch.Generator().manual_seed(2))
+    sizes = SIZES.get(family, {})
+    dense = write_checkpoint(folder, family, head, positions=210, **sizes)
+    table = 0.3 * torch.randn(512, sizes.get("embedding_size", 32), generator=torch.Generator().manual_seed(2))
     weights = load_file(folder / "model.safetensors")
     prefix = "" if head == "Model" else f"{dense.base_model_prefix}."
+    where = "encoder." if dense.config.is_encoder_decoder else "embeddings."
     save_file(
-        {**weights, f"{prefix}embeddings.global_embeddings.weight": table},
-        folder / "model.safetensors",
-        {"format": "pt"},
+        {**weights, f"{prefix}{where}global_embeddings.weight": table}, folder / "model.safetensors", {"format": "pt"}
     )
     module = f"modeling_lsg_{family.lower()}"
     own = {"architectures": [f"LSG{family}{head}"], "auto_map": {"AutoModel": f"{module}.LSG{family}Model"}}
     held = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**held, **LSG, **own, **fields}))
+    passes = {"pass_global_tokens_to_decoder": True} if dense.config.is_encoder_decoder else {}
+    (folder / "config.json").write_text(json.dumps({**held, **LSG, **passes, **own, **fields}))
     (folder / f"{module}.py").write_text("raise ImportError")
     return getattr(dense, dense.base_model_prefix, dense).double().eval(), table
 
@@ -76,8 +92,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+FAMILIES = ("Bert", "Roberta", "Camembert", "XLMRoberta", "DistilBert", "Electra", "Albert")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("Roberta", name) for name in CASES), *((family, "norm") for family in FAMILIES)]
+)
 def test_it_says_what_lsg_says(tmp_path: Path, family: str, name: str) -> None:
     fields = CASES[name]
     dense, table = write_lsg(tmp_path / "lsg", family, **fields)
@@ -93,6 +113,39 @@ def test_it_says_what_lsg_says(tmp_path: Path, family: str, name: str) -> None:
         want = read_by_lsg(dense, table, batch["input_ids"][row, :real], settings_of(**fields))
         assert want.abs().max() > 1
         assert (said[row, :real] - want).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("fields", [{}, {"pass_global_tokens_to_decoder": False}, {"num_global_tokens": 1}])
+@pytest.mark.parametrize("family", ["Bart", "MBart"])
+def test_a_decoder_reads_what_it_reads_in_lsg(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
+    dense, table = write_lsg(tmp_path / "lsg", family, "ForConditionalGeneration", **fields)
+    settings = {**LSG, "pass_global_tokens_to_decoder": True, **fields}
+    report = hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    assert (report.added.tensors, report.dropped.tensors) == (0, 0)
+    ours = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse").eval()
+    batch, decoder_ids = tiny_batch(90, padding=23), tiny_batch(12, padding=0, seed=1)["input_ids"]
+    with torch.no_grad():
+        said = ours.model(**batch, decoder_input_ids=decoder_ids)
+        for row, real in ((0, 90), (1, 67)):
+            ids = batch["input_ids"][row, :real]
+            want = decoded_by_lsg(dense, table, ids, decoder_ids[row], settings)
+            assert want.abs().max() > 1
+            assert (said.last_hidden_state[row] - want).abs().max() <= TOLERANCE
+    nodes = settings["num_global_tokens"] if settings["pass_global_tokens_to_decoder"] else 0
+    assert said.encoder_last_hidden_state.shape[1] == 90 + nodes
+
+
+def test_beams_read_the_global_tokens_too(tmp_path: Path) -> None:
+    write_lsg(tmp_path / "lsg", "Bart", "ForConditionalGeneration", forced_eos_token_id=None)
+    hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse").eval()
+    batch = tiny_batch(90, padding=23)
+    asked: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 9, "do_sample": False}
+    cached = model.generate(**batch, **asked)
+    assert torch.equal(cached, model.generate(**batch, **asked, use_cache=False))
+    with torch.no_grad():
+        alone = model.generate(input_ids=batch["input_ids"][1:, :67], **asked)
+    assert torch.equal(cached[1, : alone.shape[1]], alone[0])
 
 
 def test_a_head_reads_the_first_global_token(tmp_path: Path) -> None:
@@ -145,7 +198,7 @@ def test_half_precision_and_another_pattern(tmp_path: Path) -> None:
         ({"sparsity_type": "bos_pooling"}, "has sparsity_type 'bos_pooling', which reads padding"),
         ({"mask_first_token": True}, "has mask_first_token, which no pattern here has"),
         ({"is_decoder": True}, "has is_decoder, and its pattern cannot be causal"),
-        ({"model_type": "distilbert"}, "is an LSG distilbert, and only LSG checkpoints of bert, camembert, roberta"),
+        ({"model_type": "pegasus"}, "is an LSG pegasus, and only LSG checkpoints of albert, bart, bert, camembert"),
         (
             {"block_size": 8, "sparsity_factor": 8, "sparsity_type": "stride"},
             "keeps 1 tokens of a block, an odd number",

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import hf_sparse
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
+from tests.support.decoders import tiny_decoder
 from tests.support.models import tiny_batch, tiny_config, tiny_images, tiny_model, tiny_vision_model
 
 N = 40
@@ -24,7 +25,7 @@ PATTERNS = {
     "bigbird": hf_sparse.pattern("bigbird", block_size=8, num_external_global=3, random_plan="full_length"),
     "bp_transformer": hf_sparse.pattern("bp_transformer", nodes_per_level=2),
 }
-FAMILIES = ("Bert", "Roberta", "Camembert", "XLMRoberta", "DistilBert", "Electra")
+FAMILIES = ("Bert", "Roberta", "Camembert", "XLMRoberta", "DistilBert", "Electra", "Albert")
 all_patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 all_families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -240,6 +241,32 @@ def test_models_that_read_images_take_nodes_and_grids(pattern: str, tmp_path: Pa
         assert entry["height"] == entry["width"]
         with pytest.raises(ValueError, match=r"width is 3, but the model has \d+; leave it out"):
             hf_sparse.sparsify_(tiny_vision_model("ViT"), hf_sparse.pattern("axial", width=3))
+
+
+@all_patterns
+def test_an_encoder_beside_a_decoder_takes_them(pattern: Pattern, tmp_path: Path) -> None:
+    model: Any = hf_sparse.sparsify_(tiny_decoder("Bart", "ForConditionalGeneration"), pattern).eval()
+    assert set(model.config.sparse_attention["layers"].items()) == {("decoder.0", "dense"), ("decoder.1", "dense")}
+    torch.manual_seed(5)
+    nn.init.normal_(model.model.encoder.sparse_nodes.weight)
+    batch = tiny_batch(N)
+    real, decoder_ids = batch["attention_mask"][1] != 0, batch["input_ids"][:, :7]
+    together = said(model, **batch, decoder_input_ids=decoder_ids, output_hidden_states=True)
+    assert together.encoder_last_hidden_state.shape[1] == N
+    assert {held.shape[1] for held in together.encoder_hidden_states} == {N}
+    alone = said(model, input_ids=batch["input_ids"][1:, real], decoder_input_ids=decoder_ids[1:]).logits
+    assert torch.allclose(together.logits[1], alone[0], atol=1e-5)
+    nn.init.zeros_(model.model.encoder.sparse_nodes.weight)
+    assert not torch.allclose(said(model, **batch, decoder_input_ids=decoder_ids).logits, together.logits)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    asked: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+    assert torch.equal(again.generate(**batch, **asked), model.generate(**batch, **asked, use_cache=False))
+
+
+def test_a_decoder_reads_no_nodes_of_its_own() -> None:
+    with pytest.raises(ValueError, match="has to serve all of the encoder, and none of the decoder: give no layers"):
+        hf_sparse.sparsify_(tiny_decoder("Bart", "Model"), STAR, layers={"decoder.0": STAR})
 
 
 def test_a_causal_model_is_refused() -> None:

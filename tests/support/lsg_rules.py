@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import transformers
+from torch import Tensor
 
 Settings = dict[str, Any]
 
@@ -67,29 +67,56 @@ def attended(query: Tensor, key: Tensor, value: Tensor, settings: Settings, *, s
     return out
 
 
-def read_by_lsg(dense: PreTrainedModel, table: Tensor, ids: Tensor, settings: Settings) -> Tensor:
-    """Return what an encoder of BERT's kin says of one text as LSG has it, float64 ``[T, hidden_size]``.
+def read_by_lsg(dense: Any, table: Tensor, ids: Tensor, settings: Settings) -> Tensor:
+    """Return what an encoder says of one text as LSG has it, float64 ``[T, hidden_size]``.
 
     Args:
-        dense: the model, in float64.
-        table: embeddings of global tokens ``[512, hidden_size]``.
+        dense: base model of BERT's or BART's kin, in float64.
+        table: embeddings of global tokens ``[512, D]``.
         ids: int64 ``[T]``, no padding.
         settings: of LSG's config.
     """
     count = settings["num_global_tokens"]
+    hidden = _through_layers(dense, table, ids, settings)
+    said = hidden[count:].clone()
+    if settings["pool_with_global"]:
+        said[0] = hidden[0]
+    return said
+
+
+def decoded_by_lsg(dense: Any, table: Tensor, ids: Tensor, decoder_ids: Tensor, settings: Settings) -> Tensor:
+    """Return what the decoder of a base model of BART's kin says of one text, float64 ``[S, hidden_size]``."""
+    if settings["pass_global_tokens_to_decoder"]:
+        read = _through_layers(dense, table, ids, settings)
+    else:
+        read = read_by_lsg(dense, table, ids, settings)
     with torch.no_grad():
-        embedded = dense.embeddings(input_ids=ids[None])
-        norm: nn.Module = dense.embeddings.LayerNorm
-        hidden = torch.cat([norm(table[:count].double())[None], embedded], 1)
-        for layer in dense.encoder.layer:
-            own, heads = layer.attention.self, dense.config.num_attention_heads
-            q, k, v = (
-                part(hidden)[0].unflatten(-1, (heads, -1)).transpose(0, 1) for part in (own.query, own.key, own.value)
-            )
-            read = attended(q, k, v, settings, scale=q.shape[2] ** -0.5).transpose(0, 1).flatten(1)[None]
-            attention = layer.attention.output(read, hidden)
-            hidden = layer.output(layer.intermediate(attention), attention)
-        said = hidden[0].clone()
-        if settings["pool_with_global"]:
-            said[count] = hidden[0, 0]
-    return said[count:]
+        dense.set_attn_implementation("sdpa")
+        said: Tensor = dense.decoder(input_ids=decoder_ids[None], encoder_hidden_states=read[None]).last_hidden_state[0]
+    return said
+
+
+def _through_layers(dense: Any, table: Tensor, ids: Tensor, settings: Settings) -> Tensor:
+    """Return the last hidden states of global tokens and tokens, float64 ``[g + T, hidden_size]``."""
+
+    def attention(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float, **_: Any) -> Any:
+        return attended(query[0], key[0], value[0], settings, scale=scaling).transpose(0, 1)[None], None
+
+    transformers.AttentionInterface.register("lsg_rules", attention)
+    dense.set_attn_implementation("lsg_rules")
+    globals_ = table[: settings["num_global_tokens"]].double()[None]
+    with torch.no_grad():
+        if dense.config.is_encoder_decoder:
+            encoder = dense.encoder
+            hidden = encoder.embed_tokens(ids[None]) + encoder.embed_positions(ids[None])
+            hidden = encoder.layernorm_embedding(torch.cat([globals_, hidden], 1))
+            for layer in encoder.layers:
+                hidden = layer(hidden, None)
+            hidden = encoder.layer_norm(hidden) if hasattr(encoder, "layer_norm") else hidden
+            return hidden[0]
+        hidden = torch.cat([dense.embeddings.LayerNorm(globals_), dense.embeddings(ids[None])], 1)
+        if hasattr(dense, "embeddings_project"):
+            hidden = dense.embeddings_project(hidden)
+        layers = dense.transformer if hasattr(dense, "transformer") else dense.encoder
+        said: Tensor = layers(hidden, None).last_hidden_state[0]
+    return said
