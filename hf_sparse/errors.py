@@ -25,5 +25,9 @@ class RecipeError(HfSparseError, ValueError):
     """A recipe that cannot be run as it was asked for; nothing was trained."""
 
 
+class FailedRunError(HfSparseError, RuntimeError):
+    """A run that failed while it was training or judged; its checkpoints are as they were."""
+
+
 class LostProcessError(HfSparseError, RuntimeError):
     """A run whose other processes have ended or do not answer; its checkpoints are as they were."""

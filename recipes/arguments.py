@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,13 @@ import yaml
 from transformers import HfArgumentParser
 
 # arguments that not every task has a use for
+_TEXTS = ("classify", "answer", "tag", "summarize", "mlm", "clm", "retrieve")
 TASKS_OF = {
+    "label_column": ("classify", "answer", "tag", "summarize", "classify-images"),
     "query_column": ("answer", "retrieve"),
+    "max_length": (*_TEXTS, "distill"),
+    "truncate": _TEXTS,
+    "baselines": (*_TEXTS, "classify-images"),
     "max_summary_length": ("summarize",),
     "head_learning_rate": ("classify", "classify-images", "answer", "tag"),
     "packing": ("mlm", "clm"),
@@ -23,6 +29,15 @@ TASKS_OF = {
     "hidden": ("distill",),
     "attention": ("distill",),
 }
+
+# the least value of a number
+_LEAST = {
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "train_size"), 1),
+    **dict.fromkeys(("max_length", "max_summary_length"), 2),
+    **dict.fromkeys(("patience", "lora", "save_steps", "weight_decay", "learning_rate"), 0),
+    **dict.fromkeys(("policy", "cpc", "hidden", "attention", "short_share"), 0),
+}
+_KINDS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def _field(default: Any, help_: str) -> Any:
@@ -52,8 +67,12 @@ class RecipeArguments:
     train_size: int | None = _field(None, "Documents to train on, chosen by their hash; all if not given.")
     epochs: float = _field(3.0, "Passes over the training split.")
     max_steps: int = _field(-1, "Steps of the optimizer, in the place of epochs; -1 leaves it to epochs.")
-    batch_size: int = _field(1, "Documents of each process at a time.")
-    gradient_accumulation_steps: int = _field(8, "Batches that a step adds up.")
+    batch_size: int | None = _field(
+        None, "Documents of each process at a time; by default 1, of retrieve 4, which tells each from the others."
+    )
+    gradient_accumulation_steps: int | None = _field(
+        None, "Batches that a step adds up; by default 8, of retrieve 2, whose batches are told apart by themselves."
+    )
     learning_rate: float = _field(5e-5, "Largest learning rate; it rises over a tenth of the steps and falls to 0.")
     head_learning_rate: float | None = _field(
         None,
@@ -92,24 +111,22 @@ class RecipeArguments:
             if getattr(self, name) is not None:
                 # paths will do
                 setattr(self, name, str(getattr(self, name)))
-        for name, least in (("batch_size", 1), ("gradient_accumulation_steps", 1), ("patience", 0)):
-            if getattr(self, name) < least:
+        self._check_types()
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError(f"--epochs must be above 0, got {self.epochs}")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"--max_length must be at least 2, got {self.max_length}")
         if self.precision not in ("float32", "bf16", "fp16"):
             raise ValueError(f"--precision must be float32, bf16 or fp16, got {self.precision!r}")
-        if not self.seeds:
-            raise ValueError("--seeds must name at least one seed")
-        for name in ("lora", "save_steps", "policy", "cpc", "hidden", "attention", "short_share"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds must name at least one seed, none below 0 and none twice; got {self.seeds}")
+        if self.short_share > 1:
+            raise ValueError(f"--short_share must be at most 1, got {self.short_share}")
+        if self.train_split in (self.validation_split, self.test_split):
+            raise ValueError(f"--train_split {self.train_split} is judged too; name another split to train on")
         if self.head_learning_rate is not None and self.head_learning_rate <= 0:
             raise ValueError(f"--head_learning_rate must be above 0, got {self.head_learning_rate}")
-        if self.train_size is not None and self.train_size < 1:
-            raise ValueError(f"--train_size must be at least 1, got {self.train_size}")
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming needs --max_steps: how many there are to come is not known")
         if self.streaming and self.train_size is not None:
@@ -117,16 +134,39 @@ class RecipeArguments:
                 "--train_size chooses from all documents, and --streaming has not seen them; leave one out"
             )
 
-    def check_task(self, name: str) -> None:
-        """Check that nothing is asked for that a task has no use for.
+    def _check_types(self) -> None:
+        """Check the types of what came from a file or a caller."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), typing.get_args(hint) or (hint,)
+            if typing.get_origin(hint) is list:
+                is_right = isinstance(value, list) and all(type(one) is int for one in value)
+            else:
+                is_right = type(value) in kinds or (float in kinds and type(value) is int)
+            if not is_right:
+                said = "a list of whole numbers" if typing.get_origin(hint) is list else _KINDS[kinds[0]]
+                raise ValueError(f"--{name} must be {said}, got {value!r}")
+
+    def for_task(self, name: str) -> "RecipeArguments":
+        """Return them with what a task has for defaults of its own.
 
         Raises:
-            ValueError: if something is.
+            ValueError: if something is asked for that the task has no use for, or cannot learn from.
         """
         for one in dataclasses.fields(self):
             tasks = TASKS_OF.get(one.name, (name,))
             if name not in tasks and getattr(self, one.name) != one.default:
                 raise ValueError(f"--{one.name} is of {', '.join(tasks)}; {name} has no use for it")
+        size, steps = (4, 2) if name == "retrieve" else (1, 8)
+        found = dataclasses.replace(
+            self,
+            batch_size=self.batch_size or size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps or steps,
+        )
+        if name == "retrieve" and found.batch_size == 1:
+            raise ValueError(
+                "retrieve tells each document from the others of its batch, and --batch_size 1 has none; pass at least 2"
+            )
+        return found
 
 
 def read_arguments(args: Sequence[str], prog: str, task: str = "") -> RecipeArguments:
@@ -149,8 +189,11 @@ def read_arguments(args: Sequence[str], prog: str, task: str = "") -> RecipeArgu
         if task and task not in TASKS_OF.get(action.dest, (task,)):
             action.help = argparse.SUPPRESS
     given = list(args)
-    if "--config" in given[:-1]:
-        held = _read_file(Path(given[given.index("--config") + 1]))
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", nargs="?")
+    file = before.parse_known_args(given)[0].config
+    if file is not None:
+        held = _read_file(Path(file))
         for action in parser._actions:
             action.required = action.required and action.dest not in held
         parser.set_defaults(**held)

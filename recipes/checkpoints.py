@@ -2,15 +2,21 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
+
+# seconds up to a checkpoint, in its folder: what is written last
+CLOCK = "clock.json"
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that was written to its end, or None where there is none.
 
-    ``Trainer`` writes its own state last, so a checkpoint without it was cut short: by a kill, or a full disk.
+    ``Trainer`` writes its own state last, and ours comes behind it, so a checkpoint without them was cut short: by a kill, or a
+    full disk. Files of weights and of the optimizer have to be as long as they say, too.
 
     Args:
         folder: of one run; need not be there.
@@ -25,7 +31,23 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for name in (TRAINER_STATE_NAME, CLOCK):
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        for path in checkpoint.rglob("*.safetensors"):
+            # compares the length of the file with its header
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    # torch's files are archives, whose table stands at the end
+    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt"))
+
+
+def take_home(checkpoint: str) -> None:
+    """Let a checkpoint of a folder that was moved know where the best one is now."""
+    path = Path(checkpoint, TRAINER_STATE_NAME)
+    state = json.loads(path.read_text(encoding="utf-8"))
+    best = state.get("best_model_checkpoint")
+    here = None if best is None else path.parent.parent / Path(best).name
+    if here is not None and here.is_dir() and str(here) != best:
+        path.write_text(json.dumps({**state, "best_model_checkpoint": str(here)}, indent=2), encoding="utf-8")

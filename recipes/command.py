@@ -57,10 +57,12 @@ def _finetune(name: str, context: typer.Context) -> None:
     try:
         from hf_sparse.recipes.arguments import read_arguments
         from hf_sparse.recipes.finetune import finetune, is_first_process
+        from hf_sparse.recipes.processes import part
     except ImportError as error:
         raise RecipeError(f"recipes need {error.name}; pip install 'hf-sparse[recipes]'") from error
     arguments = read_arguments(context.args, context.command_path, name)
     results = finetune(name, arguments)
+    part()
     if not is_first_process():
         return
     for run in results["runs"]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
@@ -37,15 +37,60 @@ def read_splits(arguments: RecipeArguments, columns: tuple[str, ...]) -> dict[st
             )
         split = found[name]
         held = split.column_names or list(next(iter(split), {}))
+        where = f"{arguments.dataset}: the split {name!r}"
         for column in columns:
             if column.partition(".")[0] not in held:
-                raise RecipeError(
-                    f"{arguments.dataset}: the split {name!r} has no column {column!r}; it has {', '.join(held)}"
-                )
-        if isinstance(split, Dataset) and not len(split):
-            raise RecipeError(f"{arguments.dataset}: the split {name!r} is empty")
+                raise RecipeError(f"{where} has no column {column!r}; it has {', '.join(held)}")
+        if isinstance(split, Dataset):
+            _check_values(split, columns, where)
         splits[kind] = split
+    _check_kinds(splits, columns, arguments.dataset)
     return splits
+
+
+def _check_values(split: Dataset, columns: tuple[str, ...], where: str) -> None:
+    """Check that a split has documents, and that something stands in their columns."""
+    if not len(split):
+        raise RecipeError(f"{where} is empty")
+    for column in columns:
+        name, _, field = column.partition(".")
+        lacking = split.data.column(name).null_count
+        if lacking:
+            raise RecipeError(f"{where} has {lacking} rows without {name!r}; fill them in, or leave those rows out")
+        records = getattr(split.features[name], "feature", None)
+        if field and not (isinstance(records, dict) and field in records):
+            raise RecipeError(f"{where} has no field {field!r} in column {name!r}")
+    first = split.features[columns[0].partition(".")[0]]
+    if not isinstance(first, Image) and not any(_has_words(value) for value in split[columns[0]]):
+        raise RecipeError(f"{where} has no text in column {columns[0]!r}")
+
+
+def _has_words(value: Any) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _check_kinds(splits: dict[str, Any], columns: tuple[str, ...], dataset: str) -> None:
+    """Check that a column holds the same in all splits."""
+    for column in columns:
+        name = column.partition(".")[0]
+        kinds = {kind: _kind(split.features[name]) for kind, split in splits.items() if isinstance(split, Dataset)}
+        first = next(iter(kinds))
+        for kind, found in kinds.items():
+            # of nothing but empty lists it is not known what they hold
+            if found != kinds[first] and "null" not in found + kinds[first]:
+                raise RecipeError(
+                    f"{dataset}: column {name!r} holds {kinds[first]} in the {first} split and {found} in the {kind} split"
+                )
+
+
+def _kind(feature: Any) -> str:
+    """Say what a column holds."""
+    own = getattr(feature, "feature", feature)
+    if own is not feature:
+        return f"lists of {_kind(own)}"
+    if isinstance(own, Value):
+        return "text" if "string" in own.dtype else "whole numbers" if "int" in own.dtype else own.dtype
+    return "names" if isinstance(own, ClassLabel) else "records" if isinstance(own, dict) else type(own).__name__
 
 
 def values_of(held: dict[str, list[Any]], column: str) -> list[Any]:
@@ -58,16 +103,26 @@ def values_of(held: dict[str, list[Any]], column: str) -> list[Any]:
 
 def some_of(split: Dataset, count: int, column: str) -> Dataset:
     """Return rows chosen by the hash of what stands in a column, so that they are the same however the split is sorted."""
-    said = [hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest() for value in split[column]]
+    if isinstance(split.features[column], Image):
+        files = split.cast_column(column, Image(decode=False))[column]
+        held = [file["bytes"] or Path(file["path"]).read_bytes() for file in files]
+    else:
+        held = [json.dumps(value, default=str).encode() for value in split[column]]
+    said = [hashlib.sha256(value).hexdigest() for value in held]
     return split.select(sorted(sorted(range(len(said)), key=said.__getitem__)[:count]))
 
 
 def _of_folder(folder: Path, names: dict[str, str], streamed: set[str]) -> dict[str, Any]:
     if not folder.is_dir():
         raise RecipeError(f"{folder} is a file; name the folder that holds a file for each split")
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _READERS}
-    # a folder of images for each label, in one for each split
-    files |= {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name in names.values()}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        # a folder of images for each label, in one for each split
+        name = path.stem if path.suffix in _READERS else path.name if path.is_dir() else None
+        if name in files and name in names.values():
+            raise RecipeError(f"{folder} holds both {files[name].name} and {path.name}; leave one of them")
+        if name is not None and (path.suffix in _READERS or name in names.values()):
+            files[name] = path
     if not files:
         raise RecipeError(f"{folder} holds no {', '.join(_READERS)} file")
     held: dict[str, Any] = dict.fromkeys(files)
@@ -82,7 +137,8 @@ def _of_folder(folder: Path, names: dict[str, str], streamed: set[str]) -> dict[
             held[name] = load_dataset(reader, split="train", streaming=name in streamed, **where)
         # datasets raises one of many classes where a file is not what its ending says, some of them its own
         except Exception as error:
-            raise RecipeError(f"{path} cannot be read as {reader}: {error}") from error
+            why = str(error) if path.is_dir() or path.stat().st_size else "it is empty"
+            raise RecipeError(f"{path} cannot be read as {reader}: {why or type(error).__name__}") from error
     return held
 
 

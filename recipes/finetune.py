@@ -5,6 +5,7 @@ the same arguments.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ from hf_sparse.recipes.processes import telling_of_lost_processes
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.results import write_results
 from hf_sparse.recipes.tasks import TASKS
-from hf_sparse.recipes.training import Reader, train
+from hf_sparse.recipes.training import Reader, read_json, train
 
 # what a folder was begun with
 BEGUN = "recipe.json"
@@ -39,14 +40,16 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
         RecipeError: if the checkpoint, the dataset or the output folder do not fit what is asked for.
         PushError: if the model of the first seed could not be pushed; it is in its folder.
         ValueError: if an argument is of other tasks alone.
+        FailedRunError: if a run failed on the way.
     """
-    arguments.check_task(name)
+    arguments = arguments.for_task(name)
     readers = _readers(name, arguments)
     folder = Path(arguments.output)
     pushes = arguments.push_to_hub is not None and is_first_process()
     if pushes:
         check_account()
-    _check_folder(folder, name, arguments)
+    begun = _what_a_run_is(name, arguments)
+    _check_folder(folder, begun, arguments)
     columns = TASKS[name].columns(arguments)
     splits = read_splits(arguments, columns)
     # each keeps what it chose, and what it reads answers in
@@ -66,7 +69,11 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
         }
         for reader in readers
     }
-    _begin_folder(folder, name, arguments)
+    # what is read has to stay the same as well
+    begun["documents"] = {kind: len(split) if hasattr(split, "__len__") else None for kind, split in splits.items()}
+    begun["labels"] = getattr(tasks["sparse"], "names", None)
+    _check_folder(folder, begun, arguments)
+    _begin_folder(folder, begun)
     with telling_of_lost_processes(folder):
         runs = [
             train(tasks[reader.name], reader, arguments, seed, encoded[reader.name], processors[reader.name])
@@ -76,7 +83,7 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     results = {
         "task": name,
         "arguments": dataclasses.asdict(arguments),
-        "splits": {kind: len(split) if hasattr(split, "__len__") else None for kind, split in splits.items()},
+        "splits": begun["documents"],
         "models": {reader.name: {"title": reader.title, **dataclasses.asdict(reader.reading)} for reader in readers},
         "runs": runs,
     }
@@ -115,9 +122,14 @@ def _readers(name: str, arguments: RecipeArguments) -> list[Reader]:
         dense = _config(arguments.baselines)
         if getattr(dense, "sparse_attention", None) is not None:
             raise RecipeError(f"--baselines names {arguments.baselines}, which is sparse; name the dense checkpoint")
+        if getattr(dense, "vocab_size", None) != getattr(config, "vocab_size", None):
+            raise RecipeError(
+                f"--baselines names {arguments.baselines}, whose vocabulary is another ({dense.vocab_size} tokens, not "
+                f"{config.vocab_size}); name the dense checkpoint that {arguments.model} was converted from"
+            )
         own = min(family_of(dense).length(dense), longest)
         for kind, title, how in (
-            ("truncated", TASKS[name].truncated.format(own), Reading(own, cuts=True)),
+            ("truncated", TASKS[name].title_of_truncated(arguments, own), Reading(own, cuts=True)),
             ("chunks", f"dense, {longest} tokens in chunks of {own}", Reading(longest, own, arguments.truncate)),
         ):
             if kind in TASKS[name].baselines:
@@ -132,7 +144,7 @@ def _config(source: str) -> Any:
         raise RecipeError(f"{source!r} cannot be loaded: {error}") from error
 
 
-def _check_folder(folder: Path, name: str, arguments: RecipeArguments) -> None:
+def _check_folder(folder: Path, wanted: dict[str, Any], arguments: RecipeArguments) -> None:
     """Check that the output folder is free, or holds what is to be gone on with; the first process does it for all."""
     if not is_first_process():
         return
@@ -142,26 +154,37 @@ def _check_folder(folder: Path, name: str, arguments: RecipeArguments) -> None:
         return
     if not arguments.resume:
         raise RecipeError(f"{folder} is not empty; pass --resume to go on with it, or name another folder by --output")
-    begun = folder / BEGUN
-    held = json.loads(begun.read_text(encoding="utf-8")) if begun.is_file() else {}
-    for field, value in _what_a_run_is(name, arguments).items():
-        if held.get(field) != value:
+    held = read_json(folder / BEGUN) if (folder / BEGUN).is_file() else {}
+    for field, value in wanted.items():
+        # baselines may be added later, or left away
+        is_free = field == "baselines" and None in (held.get(field), value)
+        if held.get(field) != value and not is_free:
             raise RecipeError(
-                f"{folder} was begun with {field}={held.get(field)!r}, not {value!r}; name another folder by --output"
+                f"{folder} was begun with {field}={_short(held.get(field))}, not {_short(value)}; name another folder by "
+                "--output"
             )
 
 
-def _begin_folder(folder: Path, name: str, arguments: RecipeArguments) -> None:
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) < 80 else f"{said[:76]}..."
+
+
+def _begin_folder(folder: Path, begun: dict[str, Any]) -> None:
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / BEGUN).write_text(json.dumps(_what_a_run_is(name, arguments), indent=2) + "\n", encoding="utf-8")
+        (folder / BEGUN).write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
 
 
 def _what_a_run_is(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     """Return what has to stay the same when a run is gone on with: all that is not where, how many or on what."""
-    free = {"output", "resume", "use_cpu", "push_to_hub", "seeds", "baselines", "gradient_checkpointing"}
+    free = {"output", "resume", "use_cpu", "push_to_hub", "seeds", "gradient_checkpointing"}
     held = dataclasses.asdict(arguments)
-    return {"task": name, **{field: value for field, value in held.items() if field not in free}}
+    config = AutoConfig.from_pretrained(arguments.model).to_dict()
+    # where it lies and who wrote it may change
+    said = json.dumps({**config, "_name_or_path": "", "transformers_version": ""}, sort_keys=True, default=str)
+    own = {"task": name, "config_of_model": hashlib.sha256(said.encode()).hexdigest()[:16]}
+    return {**own, **{field: value for field, value in held.items() if field not in free}}
 
 
 if __name__ == "__main__":

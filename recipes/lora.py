@@ -32,7 +32,8 @@ def add_lora(model: Any, rank: int) -> Any:
     heads = [
         name
         for name, module in model.named_children()
-        if name not in base
+        if "" not in base
+        and name not in base
         and any(True for _ in module.parameters())
         and all(inner is not shared for inner in module.modules())
     ]

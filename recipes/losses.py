@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_sparse.errors import RecipeError
@@ -29,19 +30,24 @@ def added_losses(model: Any, arguments: RecipeArguments, tokenizer: Any) -> list
     if arguments.cpc:
         if not _has_given_segments(model):
             raise RecipeError("--cpc needs a model with the pattern etc and segments='given'")
-        found.append(
-            lambda model, batch, _loss: (
-                arguments.cpc
-                * cpc_loss(
-                    model,
-                    batch["input_ids"],
-                    batch["segment_ids"],
-                    mask_token_id=tokenizer.mask_token_id,
-                    attention_mask=batch["attention_mask"],
-                )
-            )
-        )
+        found.append(lambda model, batch, loss: arguments.cpc * _cpc(model, batch, loss, tokenizer.mask_token_id))
     return found
+
+
+def _cpc(model: Any, batch: dict[str, Tensor], loss: Tensor, mask: int) -> Tensor:
+    """Return the loss of segments; 0 for a batch with a single one, which has nothing to be told from."""
+    ids, real, documents = batch["segment_ids"], batch["attention_mask"] != 0, batch.get("document_ids")
+    begins = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0), value=True) & real & (ids >= 0)
+    if begins.sum() < 2:
+        return torch.zeros_like(loss)
+    return cpc_loss(
+        model,
+        batch["input_ids"],
+        ids,
+        mask_token_id=mask,
+        attention_mask=batch["attention_mask"],
+        document_ids=documents,
+    )
 
 
 def _has_given_segments(model: Any) -> bool:

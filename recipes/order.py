@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -45,6 +45,8 @@ class ByLength(Sampler[int]):
 class OrderedTrainer(Trainer):
     """Transformers' trainer, with training documents in the order of :class:`ByLength` where they go by length.
 
+    What is judged comes in its own order, which transformers' trainer changes with the other: metrics look documents up.
+
     Attributes:
         head: names of parameters that learn at a rate of their own.
         head_rate: that rate; None gives them the others'.
@@ -79,3 +81,7 @@ class OrderedTrainer(Trainer):
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         return ByLength([len(ids) for ids in dataset["input_ids"]], step=step, seed=seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # several processes share what comes in order by themselves
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None

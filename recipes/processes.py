@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hf_sparse.errors import LostProcessError
 
@@ -18,6 +19,29 @@ def count_processes() -> int:
     """Return how many processes share the run."""
     is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if is_one_of_many else 1
+
+
+def part() -> None:
+    """Part from the other processes, at the end of a program: left to the interpreter, gloo's threads may abort it."""
+    if count_processes() > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def mean_of_all(total: Tensor, count: Tensor | int, *, is_training: bool) -> Tensor:
+    """Return the mean of what all processes have: what each returns, averaged over processes, is that.
+
+    Args:
+        total: what this process adds up, a scalar.
+        count: of how many.
+        is_training: whether others are at the same batch; if not, the mean is of this process.
+    """
+    own = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+    processes = count_processes()
+    if not is_training or processes == 1:
+        return total / own.clamp(min=1)
+    torch.distributed.all_reduce(own)
+    return processes * total / own.clamp(min=1)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ class Reading:
     """How a model reads documents.
 
     Attributes:
-        longest: tokens that it reads of one, special ones included.
+        longest: tokens that it reads of one, special ones included; chunks hold the same part of it, each with its own.
         chunk: tokens of each part that is read alone; None where a document is read whole.
         cuts: whether longer documents are cut off; if not, they are an error.
     """
@@ -56,13 +56,23 @@ def tokenize(
         ``offset_mapping`` (first and behind the last character), ``word_ids`` and ``sequence_ids`` (None for special tokens).
 
     Raises:
-        RecipeError: if a text is longer than ``reading.longest`` and is not to be cut off.
+        RecipeError: if a text is longer than ``reading.longest`` and is not to be cut off, or leaves no room for a second.
     """
+    if reading.chunk is not None:
+        # what is read whole is cut in the same place
+        whole = tokenize(tokenizer, Reading(reading.longest, cuts=reading.cuts), texts, seconds, is_split=is_split)
+        if reading.cuts:
+            held = [
+                _read_part(text, row, 0 if seconds is None else 1)
+                for text, row in zip(seconds or texts, whole, strict=True)
+            ]
+            texts, seconds = (held, None) if seconds is None else (texts, held)
     settings: dict[str, Any] = {"truncation": False}
     if reading.chunk or reading.cuts:
         # a pair of which the first is too long by itself cannot be cut
         settings = {"truncation": True if seconds is None else "only_second"}
         settings["max_length"] = reading.chunk or reading.longest
+        _check_seconds_fit(tokenizer, texts, seconds, settings["max_length"])
     found = tokenizer(
         list(texts),
         None if seconds is None else list(seconds),
@@ -80,16 +90,33 @@ def tokenize(
     fills = {"input_ids": tokenizer.pad_token_id, "offset_mapping": (0, 0), "word_ids": None, "sequence_ids": None}
     rows = []
     for text, held in zip(seconds or texts, pieces, strict=True):
-        most = 1 if reading.chunk is None else max(1, reading.longest // reading.chunk)
-        length = sum(len(piece["input_ids"]) for piece in held)
-        if not reading.cuts and (len(held) > most or length > reading.longest):
+        length = len(held[0]["input_ids"])
+        if not reading.cuts and reading.chunk is None and length > reading.longest:
             start = " ".join(text if is_split else text.split())[:40]
             raise RecipeError(
                 f"a document has {length} tokens, more than {reading.longest}: pass --truncate to cut such off, or convert the "
                 f"model with a larger --max-length; it begins {start!r}"
             )
-        rows.append(_joined(held[:most], reading.chunk, fills))
+        rows.append(_joined(held, reading.chunk, fills))
     return rows
+
+
+def _read_part(text: Any, row: dict[str, list[Any]], sequence: int) -> Any:
+    """Return what was read of a text, or of a list of words, given the row of its tokens."""
+    at = [i for i, one in enumerate(row["sequence_ids"]) if one == sequence]
+    if not at:
+        return text[:0]
+    return text[: row["offset_mapping"][at[-1]][1] if isinstance(text, str) else row["word_ids"][at[-1]] + 1]
+
+
+def _check_seconds_fit(tokenizer: Any, texts: Sequence[Any], seconds: Sequence[str] | None, most: int) -> None:
+    """Check that texts leave room for what follows them."""
+    for text in () if seconds is None else texts:
+        length = len(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
+        if length + tokenizer.num_special_tokens_to_add(pair=True) >= most:
+            raise RecipeError(
+                f"a question has {length} tokens, which leaves no room for its context among {most}; it begins {text[:40]!r}"
+            )
 
 
 def _joined(pieces: list[dict[str, list[Any]]], chunk: int | None, fills: Mapping[str, Any]) -> dict[str, list[Any]]:

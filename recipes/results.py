@@ -1,6 +1,7 @@
 """What a recipe found, as JSON for programs and as a Markdown table for people."""
 
 import json
+import shutil
 import statistics
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ import transformers
 
 import hf_sparse
 from hf_sparse.recipes.processes import count_processes
+
+_SAME = " **The test split is the validation split**, on which epochs and thresholds were chosen: this is no held-out result."
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -27,14 +30,17 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 def surroundings() -> dict[str, Any]:
     """Return versions, device, processes, and the commit of the folder that this runs in; None where that is no checkout."""
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    git, commit = shutil.which("git"), None
+    if git is not None:
+        asked = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = asked.stdout.strip() or None
     packages = (hf_sparse, torch, transformers, accelerate, datasets)
     return {
         "versions": {package.__name__: package.__version__ for package in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "processes": count_processes(),
-        "commit": asked.stdout.strip() or None,
+        "commit": commit,
     }
 
 
@@ -56,7 +62,8 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
         "",
         f"Test split of {results['splits']['test']} documents, trained on {'a stream' if trained is None else trained}; "
         f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}: {', '.join(map(str, seeds))}. "
-        "With several seeds: the mean and its 95 % interval.",
+        "With several seeds: the mean and its 95 % interval."
+        + (_SAME if results["arguments"]["test_split"] == results["arguments"]["validation_split"] else ""),
         "",
         *table(results),
     ]

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
+from hf_sparse.errors import FailedRunError, RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.checkpoints import last_whole_checkpoint
+from hf_sparse.recipes.checkpoints import CLOCK, last_whole_checkpoint, take_home
 from hf_sparse.recipes.chunks import read_in_chunks_
 from hf_sparse.recipes.lora import add_lora, merge_lora
 from hf_sparse.recipes.losses import added_losses
@@ -43,16 +45,36 @@ class Reader:
 
 
 class StepClock(TrainerCallback):
-    """Adds up the seconds of the optimizer's steps, without what is evaluated and saved in between."""
+    """Adds up the seconds of the optimizer's steps, without what is evaluated and saved in between; checkpoints keep them."""
 
     def __init__(self) -> None:
         self.seconds, self._start = 0.0, 0.0
+
+    def go_on_from(self, checkpoint: str) -> None:
+        """Begin with the seconds up to a checkpoint."""
+        self.seconds = float(json.loads(Path(checkpoint, CLOCK).read_text(encoding="utf-8")))
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            path = Path(args.output_dir, f"checkpoint-{state.global_step}", CLOCK)
+            path.write_text(json.dumps(self.seconds), encoding="utf-8")
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds += time.perf_counter() - self._start
+
+
+class Watch(TrainerCallback):
+    """Ends a run whose loss is no number."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not math.isfinite(float((logs or {}).get("loss", 0.0))):
+            raise FailedRunError(
+                f"the loss of step {state.global_step} is {logs['loss']}: the run has diverged; take a smaller "  # type: ignore[index]
+                f"--learning_rate and another --output ({args.output_dir} keeps its checkpoints)"
+            )
 
 
 def train(
@@ -70,8 +92,7 @@ def train(
     """
     folder = folder_of(reader, arguments, seed)
     if (folder / DONE).is_file():
-        found: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        return found
+        return read_json(folder / DONE)
     set_seed(seed)
     model = task.load(reader.source)
     if reader.reading.chunk:
@@ -87,19 +108,25 @@ def train(
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
         data_collator=task.collator(tokenizer, model, reader.reading),
-        compute_metrics=lambda held: task.metrics(held.predictions, held.label_ids, "validation"),
+        compute_metrics=lambda held: _validated(task, held),
         preprocess_logits_for_metrics=task.reduce,
-        callbacks=[clock, *([EarlyStoppingCallback(arguments.patience)] if arguments.patience else [])],
+        callbacks=[clock, Watch(), *([EarlyStoppingCallback(arguments.patience)] if arguments.patience else [])],
     )
     # heads that do not count tokens take their number all the same: Trainer would not average over the batches of a step
     trainer.model_accepts_loss_kwargs = task.counts_tokens
     trainer.head, trainer.head_rate = task.made, arguments.head_learning_rate
     task.prepare(trainer)
-    before = {"before": _judged(task, trainer, splits)["metrics"]} if task.judges_before else {}
-    _begin_peak()
     last = last_whole_checkpoint(folder) if arguments.resume else None
-    seen = _tokens(last)
-    trainer.train(resume_from_checkpoint=last)
+    if last is not None:
+        clock.go_on_from(last)
+        if trainer.is_world_process_zero():
+            take_home(last)
+        trainer.accelerator.wait_for_everyone()
+    with _failing(folder):
+        before = {"before": _judged_before(task, trainer, splits)} if task.judges_before else {}
+        _begin_peak()
+        trainer.train(resume_from_checkpoint=last)
+        judged = _judged(task, trainer, splits)
     run = {
         "model": reader.name,
         "seed": seed,
@@ -107,10 +134,10 @@ def train(
         "steps": trainer.state.global_step,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,
-        "tokens_per_second": _speed(trainer.state.num_input_tokens_seen - seen, clock.seconds),
+        "tokens_per_second": _speed(trainer.state.num_input_tokens_seen, clock.seconds),
         "peak_memory_mib": _peak_memory(),
         **before,
-        **_judged(task, trainer, splits),
+        **judged,
     }
     if arguments.lora:
         trainer.model = merge_lora(trainer.model)
@@ -126,6 +153,38 @@ def folder_of(reader: Reader, arguments: RecipeArguments, seed: int) -> Path:
     return own / f"seed-{seed}"
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a file of an output folder holds.
+
+    Raises:
+        RecipeError: if it is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is damaged ({error}); remove it, and the run before it is done again") from error
+    return found
+
+
+@contextlib.contextmanager
+def _failing(folder: Path) -> Iterator[None]:
+    """Say of what goes wrong in the middle of a run that it had begun.
+
+    Raises:
+        FailedRunError: in the place of an error of a value.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise FailedRunError(f"{error} (after training had begun; {folder} keeps its checkpoints)") from error
+
+
+def _validated(task: Task, held: Any) -> dict[str, float]:
+    """Return the metrics of the validation split, with what is chosen on it chosen anew."""
+    task.choose(held.predictions, held.label_ids)
+    return task.metrics(held.predictions, held.label_ids, "validation")
+
+
 def _judged(task: Task, trainer: Any, splits: dict[str, Any]) -> dict[str, Any]:
     """Return loss and metrics of the test split, after what is chosen on the validation split was chosen there."""
     metrics, trainer.compute_metrics = trainer.compute_metrics, None
@@ -135,6 +194,19 @@ def _judged(task: Task, trainer: Any, splits: dict[str, Any]) -> dict[str, Any]:
     trainer.compute_metrics = metrics
     scores = task.metrics(found.predictions, found.label_ids, "test")
     return {"metrics": scores, "loss": (found.metrics or {}).get("test_loss"), **task.details()}
+
+
+def _judged_before(task: Task, trainer: Any, splits: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics before training.
+
+    Accelerate takes a model that it has prepared for judging for one that is prepared to be trained, and each process would
+    train its own: the model is given back as it was.
+    """
+    found: dict[str, float] = _judged(task, trainer, splits)["metrics"]
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    trainer.model._is_accelerate_prepared = False
+    return found
 
 
 def _with_losses(parent: Any, losses: list[Callable[[Any, dict[str, Any], Tensor], Tensor]]) -> Any:
@@ -180,6 +252,10 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
         train_sampling_strategy="random" if arguments.streaming else "group_by_length",
         # losses of heads that do not count tokens would be multiplied by the number of processes
         average_tokens_across_devices=task.counts_tokens,
+        # a stream's batches are read by each process for itself: sent around they would have to be of one length
+        accelerator_config={"dispatch_batches": False} if arguments.streaming else None,
+        # a loss that is no number would be logged as 0
+        logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         eval_strategy=when,
         save_strategy=when,
@@ -197,13 +273,6 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
         **checkpointing,
     )
     return task.settings(**{**settings, **task.more})
-
-
-def _tokens(checkpoint: str | None) -> int:
-    """Return how many tokens had been seen when a checkpoint was written."""
-    if checkpoint is None:
-        return 0
-    return int(json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["num_input_tokens_seen"])
 
 
 def _begin_peak() -> None:

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering
 
+from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading, tokenize
@@ -25,7 +26,7 @@ class Answering(Task):
     """Questions about contexts, with answers as SQuAD has them: {"text": [...], "answer_start": [...]}.
 
     The tokens of the question are global. A question without an answer, or whose answer was cut off, is answered by the first
-    token.
+    token. Answers of more than 64 tokens are learned, but never given.
     """
 
     best = "f1"
@@ -34,7 +35,10 @@ class Answering(Task):
 
     def __init__(self, splits: Mapping[str, Dataset], arguments: RecipeArguments) -> None:
         super().__init__(splits, arguments)
-        column = self.columns(arguments)[1]
+        context, column, _ = self.columns(arguments)
+        for kind, split in splits.items():
+            for i, (text, answer) in enumerate(zip(split[context], split[column], strict=True)):
+                _check_answer(text, answer, f"the {kind} split, row {i}: column {column!r}")
         self._may_be_empty = any(not answer["text"] for answer in splits["train"][column])
         # what spans and answers of a split are looked up in
         self._judged: dict[str, tuple[Dataset, Dataset]] = {}
@@ -93,6 +97,22 @@ class Answering(Task):
                 if start <= end < start + LONGEST_ANSWER and starts[start] + ends[end] > best:
                     best, found = starts[start] + ends[end], text[offsets[start][0] : offsets[end][1]]
         return found
+
+
+def _check_answer(context: str, answer: Any, where: str) -> None:
+    """Check that an answer is as SQuAD has it, and stands where it says."""
+    texts, starts = (
+        (answer.get(name) for name in ("text", "answer_start")) if isinstance(answer, dict) else (None, None)
+    )
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise RecipeError(
+            f'{where} must be {{"text": [...], "answer_start": [...]}} of one length, got {str(answer)[:80]}'
+        )
+    for text, start in zip(texts, starts, strict=True):
+        if start < 0 or context[start : start + len(text)] != text:
+            raise RecipeError(
+                f"{where} says that {text[:40]!r} stands at character {start} of the context, and it does not"
+            )
 
 
 def _span(answer: Any, offsets: list[tuple[int, int]], is_context: list[bool]) -> tuple[int, int]:

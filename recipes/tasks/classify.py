@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -14,7 +14,7 @@ from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading, tokenize
-from hf_sparse.recipes.tasks.parent import Task, encoded, listed
+from hf_sparse.recipes.tasks.parent import Task, encoded, listed, names_of
 
 # candidates for the probability from which on a label is given, on the validation split
 THRESHOLDS = tuple(step / 50 for step in range(1, 50))
@@ -46,14 +46,16 @@ class Classification(Task):
         super().__init__(splits, arguments)
         column = self.columns(arguments)[1]
         feature = splits["train"].features[column]
-        own = getattr(feature, "feature", feature)
-        self.is_multilabel = own is not feature
-        names = own.names if isinstance(own, ClassLabel) else None
-        held = {kind: _flat(split[column], self.is_multilabel) for kind, split in splits.items()}
-        self.names = names or sorted(held["train"], key=lambda one: (isinstance(one, str), one))
-        self._index = {one: i for i, one in enumerate(range(len(names)) if names else self.names)}
+        self.is_multilabel = getattr(feature, "feature", feature) is not feature
+        # splits may number the same names in other ways
+        self._named = {kind: names_of(split.features[column]) for kind, split in splits.items()}
+        held = {kind: self._found(split[column], kind) for kind, split in splits.items()}
+        self.names: list[Any] = self._named["train"] or sorted(
+            held["train"], key=lambda one: (isinstance(one, str), one)
+        )
+        self._index = {one: i for i, one in enumerate(self.names)}
         for kind, found in held.items():
-            if unseen := sorted(map(repr, found - set(self._index))):
+            if unseen := sorted(map(repr, found - held["train"])):
                 raise RecipeError(
                     f"the {kind} split has labels that the training split has not: {', '.join(unseen[:5])}; leave those "
                     "documents out, or add some to the training split"
@@ -94,7 +96,7 @@ class Classification(Task):
 
         def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
             found = listed(tokenize(tokenizer, reading, held[text]))
-            return {**found, "labels": [self._numbers(one) for one in held[label]]}
+            return {**found, "labels": [self.numbers(one, kind) for one in held[label]]}
 
         return encoded(split, rows)
 
@@ -106,7 +108,7 @@ class Classification(Task):
         if kind != "train":
             return
         labels = split[self.columns(self.arguments)[1]]
-        counts = Counter(one for label in labels for one in (label if self.is_multilabel else [label]))
+        counts = Counter(one for label in labels for one in self._found([label], kind))
         share = torch.tensor([counts[one] + 1 for one in self._index]) / (len(labels) + 2)
         self._bias = torch.logit(share) if self.is_multilabel else share.log()
 
@@ -136,16 +138,21 @@ class Classification(Task):
     def details(self) -> dict[str, Any]:
         return {"threshold": self.threshold} if self.is_multilabel else {}
 
-    def _numbers(self, label: Any) -> Any:
-        if not self.is_multilabel:
-            return self._index[label]
-        given = {self._index[one] for one in label}
-        return [float(i in given) for i in range(len(self.names))]
+    def numbers(self, label: Any, kind: str) -> Any:
+        """Return the number of a document's label, or of several 0 or 1 for each that there is."""
+        given = {self._index[one] for one in self._found([label], kind)}
+        return [float(i in given) for i in range(len(self.names))] if self.is_multilabel else given.pop()
 
-
-def _flat(labels: Any, is_multilabel: bool) -> set[Any]:
-    """Return the different labels of a column."""
-    return {one for label in labels for one in label} if is_multilabel else set(labels)
+    def _found(self, labels: Any, kind: str) -> set[Any]:
+        """Return the different labels of documents of a split."""
+        names = self._named[kind]
+        held = [one for label in labels for one in (label if self.is_multilabel else [label])]
+        if strange := [one for one in held if not isinstance(one, str | int)]:
+            raise RecipeError(
+                f"column {self.columns(self.arguments)[1]!r} of the {kind} split has the label {strange[0]!r}; labels are text "
+                "or whole numbers"
+            )
+        return {one if names is None else names[one] for one in held}
 
 
 def _chances(logits: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from hf_sparse.integration.families import family_of
 from hf_sparse.integration.layers import self_attention_modules
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.order import OrderedTrainer
+from hf_sparse.recipes.processes import mean_of_all
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.tasks.parent import Task, encoded, without_pooler
 
@@ -62,7 +63,8 @@ class DistillationTrainer(OrderedTrainer):
     ) -> Any:
         steps = self.args.max_steps if self.args.max_steps > 0 else self.state.max_steps
         is_short = self.state.global_step < self.task.arguments.short_share * steps
-        loss = self.task.loss(model, self.teacher, self.task.shortened(inputs) if is_short else inputs)
+        held = self.task.shortened(inputs) if is_short else inputs
+        loss = self.task.loss(model, self.teacher, held, is_training=model.training)
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -100,6 +102,14 @@ class Distillation(Task):
         config = AutoConfig.from_pretrained(arguments.teacher)
         if getattr(config, "sparse_attention", None) is not None:
             raise RecipeError(f"--teacher names {arguments.teacher}, which is sparse; name the dense checkpoint")
+        mine = AutoConfig.from_pretrained(arguments.model)
+        fields = ("vocab_size", *(("hidden_size",) if arguments.hidden or arguments.attention else ()))
+        for field in fields:
+            if getattr(mine, field, None) != getattr(config, field, None):
+                raise RecipeError(
+                    f"--teacher names {arguments.teacher}, whose {field} is {getattr(config, field, None)} and not "
+                    f"{getattr(mine, field, None)}; name the dense checkpoint that {arguments.model} was converted from"
+                )
         self._length = family_of(config).length(config)
         named = next(iter(config.architectures or ()), "")
         self.auto = next((auto for ending, auto in _HEADS.items() if named.endswith(ending)), AutoModel)
@@ -123,7 +133,7 @@ class Distillation(Task):
 
         def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
             found = tokenizer(
-                [one for one in held[text] if one.strip()] or [" "],
+                [one for one in held[text] if one and one.strip()] or [" "],
                 truncation=True,
                 max_length=reading.longest,
                 return_overflowing_tokens=True,
@@ -137,12 +147,12 @@ class Distillation(Task):
         """Return a batch whose rows are cut at the dense model's length."""
         return {name: held[:, : self._length] for name, held in batch.items()}
 
-    def loss(self, model: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: Any, teacher: Any, batch: dict[str, Tensor], *, is_training: bool = False) -> Tensor:
         """Return the divergence of a batch, and what is added of hidden states and attention outputs."""
         arguments = self.arguments
         mine, theirs, real = self._both(model, teacher, batch)
         found = self._divergences(mine.logits, theirs.logits, real)
-        loss = found.sum() / real.sum()
+        loss = mean_of_all(found.sum(), real.sum(), is_training=is_training)
         for weight, pairs in (
             (arguments.hidden, zip(mine.hidden, theirs.hidden, strict=True)),
             (arguments.attention, zip(mine.attention, theirs.attention, strict=True)),

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_sparse.errors import RecipeError
+from hf_sparse.integration.layers import is_causal, self_attention_modules
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading, tokenize
-from hf_sparse.recipes.tasks.parent import Task, encoded, listed
+from hf_sparse.recipes.tasks.parent import Task, encoded, listed, patterns_of
 
 # share of the tokens that are masked
 MASKED = 0.15
@@ -37,11 +38,24 @@ class _Language(Task):
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
         return (arguments.text_column or "text",)
 
+    @classmethod
+    def title_of_truncated(cls, arguments: RecipeArguments, tokens: int) -> str:
+        return (cls.truncated if arguments.packing else Task.truncated).format(tokens)
+
+    def load(self, source: str, **settings: Any) -> Any:
+        model = super().load(source, **settings)
+        shared = [one.key for one in patterns_of(model) if one.has_nodes and not one.takes_segments]
+        if shared and self.arguments.packing:
+            raise RecipeError(
+                f"pattern {shared[0]!r} has nodes that the documents of a joined row would share; pass --packing false"
+            )
+        return model
+
     def encode(self, split: Any, kind: str, tokenizer: Any, reading: Reading) -> Any:
         (text,) = self.columns(self.arguments)
 
         def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            texts = [one for one in held[text] if one.strip()]
+            texts = [one for one in held[text] if one and one.strip()]
             if not texts:
                 return {"input_ids": [], "attention_mask": []}
             if self.arguments.packing and reading.chunk is None:
@@ -117,10 +131,14 @@ class Causal(_Language):
     def encode(self, split: Any, kind: str, tokenizer: Any, reading: Reading) -> Any:
         found = super().encode(split, kind, tokenizer, reading)
         if kind != "train":
-            self._bytes[kind] = sum(
-                len(text.encode()) for text in tokenizer.batch_decode(found["input_ids"][:], skip_special_tokens=True)
-            )
+            self._bytes[kind] = sum(_predicted_bytes(row, tokenizer) for row in found)
         return found
+
+    def load(self, source: str, **settings: Any) -> Any:
+        model = super().load(source, **settings)
+        if not all(is_causal(module) for *_, module in self_attention_modules(model)):
+            raise RecipeError(f"{source} is no decoder: its tokens read what they are to predict; train it with mlm")
+        return model
 
     def finish(self, batch: dict[str, Tensor], tokenizer: Any) -> dict[str, Tensor]:
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, _IGNORED)
@@ -139,6 +157,14 @@ class Causal(_Language):
         reference = {"tokens": int(count), "bytes": self._bytes[kind]}
         found = load_metric("language_modeling").compute(predictions=[float(loss)], references=[reference])
         return {"loss": float(loss / count), **found}
+
+
+def _predicted_bytes(row: dict[str, Any], tokenizer: Any) -> int:
+    """Return how many bytes the predicted tokens of a row stand for: all but those that a document begins with."""
+    ids, owners = row["input_ids"], row.get("document_ids") or [0] * len(row["input_ids"])
+    first = [[ids[i]] for i in range(len(ids)) if not i or owners[i] != owners[i - 1]]
+    whole, *begins = tokenizer.batch_decode([ids, *first], skip_special_tokens=True)
+    return len(whole.encode()) - sum(len(text.encode()) for text in begins)
 
 
 def masked(ids: Tensor, tokenizer: Any, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
+from hf_sparse.errors import RecipeError
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.sentences import sentence_ids
 from hf_sparse.patterns import Pattern
@@ -61,6 +62,11 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def title_of_truncated(cls, arguments: RecipeArguments, tokens: int) -> str:
+        """Return what tables call a dense model that reads so many tokens."""
+        return cls.truncated.format(tokens)
+
+    @classmethod
     def processor(cls, source: str) -> Any:
         """Return what makes a checkpoint's input of documents: its tokenizer."""
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -76,9 +82,19 @@ class Task:
         Args:
             source: the checkpoint.
             settings: of ``from_pretrained``.
+
+        Raises:
+            RecipeError: if its model type has no such head.
         """
         found: PreTrainedModel
-        found, told = self.auto.from_pretrained(source, output_loading_info=True, **settings)
+        try:
+            found, told = self.auto.from_pretrained(source, output_loading_info=True, **settings)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise RecipeError(
+                f"{source} is of a model type that {self.auto.__name__} does not know; name a checkpoint of one that it does"
+            ) from error
         self.made = frozenset({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
         return found
 
@@ -108,9 +124,9 @@ class Task:
     def collator(self, tokenizer: Any, model: PreTrainedModel, reading: Reading) -> Any:
         """Return what makes a batch, with what the model's pattern reads beside tokens, so that nobody can forget it.
 
-        Global are the tokens that rows say, else the first. Segments are sentences.
+        Global are the tokens that rows say, else the first of each document. Segments are sentences.
         """
-        patterns = _patterns(model)
+        patterns = patterns_of(model)
         has_marks = any(pattern.has_global_tokens for pattern in patterns)
         segmented = next((pattern for pattern in patterns if pattern.takes_segments), None)
 
@@ -122,7 +138,11 @@ class Task:
                 batch.pop("global_attention_mask", None)
             elif "global_attention_mask" not in batch:
                 real = batch["attention_mask"]
-                batch["global_attention_mask"] = torch.zeros_like(real).scatter(1, real.argmax(1, keepdim=True), 1)
+                marks = torch.zeros_like(real).scatter(1, real.argmax(1, keepdim=True), 1)
+                if "document_ids" in batch:
+                    begins = torch.nn.functional.pad(batch["document_ids"].diff(dim=1) != 0, (1, 0), value=True)
+                    marks = (begins & (real != 0)).to(real.dtype)
+                batch["global_attention_mask"] = marks
             if segmented is not None:
                 ids = batch["input_ids"]
                 batch["segment_ids"] = sentence_ids(ids, tokenizer, most=segmented.num_nodes(ids.shape[1]))
@@ -149,7 +169,7 @@ class Task:
         return {}
 
 
-def _patterns(model: PreTrainedModel) -> list[Pattern]:
+def patterns_of(model: PreTrainedModel) -> list[Pattern]:
     """Return the patterns of a model; none of a dense one."""
     if getattr(model.config, "sparse_attention", None) is None:
         return []
@@ -162,6 +182,12 @@ def without_pooler(model: Any) -> Any:
     if getattr(model, "pooler", None) is not None:
         model.pooler.requires_grad_(False)
     return model
+
+
+def names_of(feature: Any) -> list[str] | None:
+    """Return the names that a column's numbers stand for; None where it holds no numbers of names."""
+    own = getattr(feature, "feature", feature)
+    return list(own.names) if isinstance(own, ClassLabel) else None
 
 
 def encoded(split: Any, rows: Any) -> Any:

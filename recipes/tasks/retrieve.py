@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 from transformers import AutoModel
 
 from hf_sparse.errors import RecipeError
@@ -15,6 +16,7 @@ from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import values_of
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.order import OrderedTrainer
+from hf_sparse.recipes.processes import count_processes, mean_of_all
 from hf_sparse.recipes.reading import Reading, pad, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed, without_pooler
 
@@ -24,13 +26,23 @@ _QUERY = "query_"
 
 
 class RetrievalTrainer(OrderedTrainer):
-    """Trains a model whose vectors are means over tokens, of unit length, against the other documents of a batch."""
+    """Trains a model whose vectors are means over tokens, of unit length, against the other documents of a batch.
+
+    On several processes these are the documents of all.
+    """
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         documents, queries = vectors_of(model, inputs)
-        loss = torch.nn.functional.cross_entropy(SCALE * queries @ documents.t(), inputs["owner"])
+        others, owner = documents, inputs["owner"]
+        queries = queries[: len(owner)]
+        if model.training and count_processes() > 1:
+            # of equal shape everywhere: transformers makes batches of training even
+            others = torch.cat(all_gather(documents))
+            owner = owner + torch.distributed.get_rank() * len(documents)
+        total = torch.nn.functional.cross_entropy(SCALE * queries @ others.t(), owner, reduction="sum")
+        loss = mean_of_all(total, len(queries), is_training=model.training)
         return (loss, (documents, queries)) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -46,7 +58,8 @@ class RetrievalTrainer(OrderedTrainer):
 class Retrieval(Task):
     """Queries and the documents that answer them; a document may have one query or a list of them.
 
-    A query that several documents of the split have is left out: there is no telling which one is meant.
+    A query that several documents of the split have is left out: there is no telling which one is meant. Documents without a
+    query are among those that are searched, and are not trained on.
     """
 
     best = "mrr"
@@ -71,14 +84,16 @@ class Retrieval(Task):
         own = Reading(reading.chunk or reading.longest, cuts=reading.cuts)
 
         kept = [self._own(queries, kind) for queries in values_of({_first(query): split[_first(query)]}, query)]
-        split = split.select([i for i, queries in enumerate(kept) if queries])
-        if not len(split):
+        if not any(kept):
             raise RecipeError(f"the {kind} split has no query that belongs to a single document")
+        if kind == "train":
+            split = split.select([i for i, queries in enumerate(kept) if queries])
 
         def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
             found = listed(tokenize(tokenizer, reading, held[text]))
-            asked = [listed(tokenize(tokenizer, own, self._own(queries, kind))) for queries in values_of(held, query)]
-            return {**found, **{f"{_QUERY}{name}": [one[name] for one in asked] for name in found}}
+            asked = [self._own(queries, kind) for queries in values_of(held, query)]
+            read = [listed(tokenize(tokenizer, own, queries)) if queries else {} for queries in asked]
+            return {**found, **{f"{_QUERY}{name}": [one.get(name, []) for one in read] for name in found}}
 
         return encoded(split, rows)
 
@@ -91,7 +106,9 @@ class Retrieval(Task):
             for i in range(len(row[names[0]]))
         ]
         counts = torch.tensor([len(row[names[0]]) for row in rows])
-        short = pad(asked, 1, {"input_ids": tokenizer.pad_token_id})
+        # a batch of documents without a query still has one, of nobody
+        nobody = [{name: row[name][:1] for name in own[0]} for row in own[:1]]
+        short = pad(asked or nobody, 1, {"input_ids": tokenizer.pad_token_id})
         return {
             **super().collate(own, tokenizer, reading),
             **{f"{_QUERY}{name}": value for name, value in short.items()},

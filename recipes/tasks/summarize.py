@@ -32,6 +32,10 @@ class Summarization(Task):
     settings = Seq2SeqTrainingArguments
     more: ClassVar[Mapping[str, Any]] = {"predict_with_generate": True}
 
+    def __init__(self, splits: Mapping[str, Dataset], arguments: RecipeArguments) -> None:
+        super().__init__(splits, arguments)
+        self._wanted: dict[str, list[str]] = {}
+
     @classmethod
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
         return arguments.text_column or "text", arguments.label_column or "summary"
@@ -39,6 +43,8 @@ class Summarization(Task):
     def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
         text, summary = self.columns(self.arguments)
         self._tokenizer = tokenizer
+        # whole, however many tokens of them are learned
+        self._wanted[kind] = list(split[summary])
         # a decoder is no longer than its encoder
         short = Reading(min(self.arguments.max_summary_length, reading.chunk or reading.longest), cuts=True)
 
@@ -60,11 +66,7 @@ class Summarization(Task):
         return model
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, kind: str) -> dict[str, float]:
-        """Return ROUGE, given generated and wanted ids, filled up with -100."""
-        said, wanted = (
-            self._tokenizer.batch_decode(
-                np.where(ids == _IGNORED, self._tokenizer.pad_token_id, ids), skip_special_tokens=True
-            )
-            for ids in (predictions, labels)
-        )
-        return dict(load_metric("rouge").compute(predictions=said, references=wanted))
+        """Return ROUGE, given generated ids, filled up with -100."""
+        ids = np.where(predictions == _IGNORED, self._tokenizer.pad_token_id, predictions)
+        said = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return dict(load_metric("rouge").compute(predictions=said, references=self._wanted[kind]))

@@ -4,31 +4,52 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+import torch
+from datasets import Dataset
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
+from hf_sparse.recipes.metrics.entity_f1 import entities
+from hf_sparse.recipes.order import OrderedTrainer
+from hf_sparse.recipes.processes import mean_of_all
 from hf_sparse.recipes.reading import Reading, tokenize
-from hf_sparse.recipes.tasks.parent import Task, encoded, listed
+from hf_sparse.recipes.tasks.parent import Task, encoded, listed, names_of
 
 # of a token that has no tag: a word's tag is that of its first token
 NO_TAG = -100
 
 
+class TaggingTrainer(OrderedTrainer):
+    """Trains by the mean over all tagged tokens of a batch, on however many processes it lies."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]
+        outputs = model(**{name: held for name, held in inputs.items() if name != "labels"})
+        logits = outputs["logits"].float().flatten(0, 1)
+        total = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=NO_TAG, reduction="sum")
+        loss = mean_of_all(total, (labels != NO_TAG).sum(), is_training=model.training)
+        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+
 class Tagging(Task):
     """The tags of a dataset: "O", "B-kind" and "I-kind", as strings or as a ClassLabel.
+
+    Words that a model does not read have no entity for it.
 
     Attributes:
         names: of the tags, in order.
 
     Raises:
-        RecipeError: if a split has a tag that the training split has not.
+        RecipeError: if a tag is none of those, or a split has one that the training split has not.
     """
 
     best = "f1"
     auto = AutoModelForTokenClassification
+    trainer = TaggingTrainer
 
     def __init__(self, splits: Mapping[str, Dataset], arguments: RecipeArguments) -> None:
         super().__init__(splits, arguments)
@@ -36,12 +57,22 @@ class Tagging(Task):
         own = getattr(splits["train"].features[column], "feature", None)
         if own is None:
             raise RecipeError(f"column {column!r} must hold a list of tags for each document, one for each word")
-        self._is_numbered = isinstance(own, ClassLabel)
-        held = {kind: {tag for tags in split[column] for tag in tags} for kind, split in splits.items()}
-        self.names: list[str] = own.names if isinstance(own, ClassLabel) else sorted(held["train"])
+        # splits may number the same names in other ways
+        self._named = {kind: names_of(split.features[column]) for kind, split in splits.items()}
+        held = {
+            kind: set(self._said([t for tags in split[column] for t in tags], kind)) for kind, split in splits.items()
+        }
+        self.names: list[str] = self._named["train"] or sorted(held["train"])
         for kind, found in held.items():
-            if not self._is_numbered and (unseen := sorted(found - set(self.names))):
+            if unseen := sorted(found - held["train"]):
                 raise RecipeError(f"the {kind} split has tags that the training split has not: {', '.join(unseen[:5])}")
+        try:
+            entities(self.names)
+        except ValueError as error:
+            raise RecipeError(f"column {column!r}: {error}") from error
+        # of what is judged: the tags of all words, and which words have a label in the row
+        self._tags: dict[str, list[list[str]]] = {}
+        self._read: dict[str, list[list[int]]] = {}
 
     @classmethod
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:
@@ -61,23 +92,33 @@ class Tagging(Task):
 
     def encode(self, split: Dataset, kind: str, tokenizer: Any, reading: Reading) -> Dataset:
         words, tags = self.columns(self.arguments)
+        self._tags[kind], self._read[kind] = [self._said(own, kind) for own in split[tags]], []
 
         def rows(held: dict[str, list[Any]]) -> dict[str, list[Any]]:
             found = tokenize(tokenizer, reading, held[words], is_split=True)
             for text, own, row in zip(held[words], held[tags], found, strict=True):
                 if len(text) != len(own):
                     raise RecipeError(f"a document of the {kind} split has {len(text)} words and {len(own)} tags")
-                row["labels"] = self._labels(own, row["word_ids"])
-            return listed(found)
+                row["labels"] = self._labels(self._said(own, kind), row["word_ids"])
+            return listed(found, ("word_ids",))
 
-        return encoded(split, rows)
+        found = encoded(split, rows)
+        self._read[kind] = [
+            [word for word, label in zip(row["word_ids"], row["labels"], strict=True) if label != NO_TAG]
+            for row in found.select_columns(["word_ids", "labels"])
+        ]
+        return found.remove_columns("word_ids")
 
-    def _labels(self, tags: list[Any], words: list[int | None]) -> list[int]:
+    def _said(self, tags: list[Any], kind: str) -> list[str]:
+        """Return tags by their names."""
+        names = self._named[kind]
+        return list(tags) if names is None else [names[tag] for tag in tags]
+
+    def _labels(self, tags: list[str], words: list[int | None]) -> list[int]:
         found, last = [], None
         for word in words:
             # of a word cut by a chunk the rest has none
-            tag = None if word is None or word == last else tags[word]
-            found.append(NO_TAG if tag is None else tag if self._is_numbered else self.names.index(tag))
+            found.append(NO_TAG if word is None or word == last else self.names.index(tags[word]))
             last = word if word is not None else last
         return found
 
@@ -85,10 +126,11 @@ class Tagging(Task):
         return logits.argmax(-1)
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, kind: str) -> dict[str, float]:
-        """Return F1 of entities, given tags ``[documents, tokens]``."""
-        pairs = [
-            [(self.names[one], self.names[other]) for one, other in zip(said, there, strict=True) if other != NO_TAG]
-            for said, there in zip(predictions, labels, strict=True)
-        ]
-        said, there = ([[pair[i] for pair in row] for row in pairs] for i in range(2))
-        return dict(load_metric("entity_f1").compute(predictions=said, references=there))
+        """Return F1 of entities, given the numbers of tags ``[documents, tokens]``."""
+        said = []
+        for row, there, read, tags in zip(predictions, labels, self._read[kind], self._tags[kind], strict=True):
+            found = ["O"] * len(tags)
+            for word, number in zip(read, row[: len(there)][there != NO_TAG], strict=True):
+                found[word] = self.names[number]
+            said.append(found)
+        return dict(load_metric("entity_f1").compute(predictions=said, references=self._tags[kind]))

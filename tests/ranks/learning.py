@@ -1,7 +1,7 @@
 """Run recipes, one after another, as ``torchrun`` starts them: ``torchrun -m tests.ranks.learning RUNS``.
 
-RUNS is a file with a list of objects: "arguments" of a recipe; "sgd", whether plain gradient descent takes the place of AdamW;
-"end_at", a step at which the last process kills itself.
+RUNS is a file with a list of objects: "arguments" of a recipe; its "task", if it is not to classify; "sgd", whether plain
+gradient descent takes the place of AdamW; "end_at", a step at which the last process kills itself.
 """
 
 import json
@@ -18,15 +18,16 @@ from hf_sparse.console import run
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.command import recipe_app
 from hf_sparse.recipes.finetune import finetune
+from hf_sparse.recipes.processes import part
 
 
-def learn(arguments: dict[str, Any], *, sgd: bool = False) -> None:
+def learn(arguments: dict[str, Any], *, task: str = "classify", sgd: bool = False) -> None:
     """Run one recipe."""
     create = Trainer.create_optimizer
     if sgd:
         Trainer.create_optimizer = plain_descent  # type: ignore[method-assign]
     try:
-        finetune("classify", RecipeArguments(**arguments))
+        finetune(task, RecipeArguments(**arguments))
     finally:
         Trainer.create_optimizer = create  # type: ignore[method-assign]
 
@@ -57,4 +58,5 @@ if __name__ == "__main__":
     for one in json.loads(Path(sys.argv[1]).read_text()):
         if "end_at" in one:
             learn_until(one["arguments"], one["end_at"])
-        learn(one["arguments"], sgd=one.get("sgd", False))
+        learn(one["arguments"], task=one.get("task", "classify"), sgd=one.get("sgd", False))
+    part()

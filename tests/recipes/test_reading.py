@@ -47,10 +47,15 @@ def test_a_document_is_read_whole_cut_or_in_chunks(tokenizer: Any) -> None:
     # three chunks with special tokens of their own; the last is as long as it is
     assert words(tokenizer, parts["input_ids"][:12]) == "<s> the river reads a </s> <s> page of the long </s>"
     assert words(tokenizer, parts["input_ids"][12:]) == "<s> word every stone </s>"
+    # of a text that is cut chunks hold what is read whole: ten words of eleven
     (some,) = tokenize(tokenizer, Reading(12, 6, cuts=True), [TEXT])
-    assert some["input_ids"] == parts["input_ids"][:12]
-    with pytest.raises(RecipeError, match="more than 12"):
+    assert words(tokenizer, some["input_ids"][12:]) == "<s> word every </s>"
+    with pytest.raises(RecipeError, match="a document has 13 tokens, more than 12"):
         tokenize(tokenizer, Reading(12, 6), [TEXT])
+    (split,) = tokenize(tokenizer, Reading(12, 6, cuts=True), [TEXT.split()], is_split=True)
+    assert split["input_ids"] == some["input_ids"]
+    # as long as is read whole is no more than is read in chunks
+    assert tokenize(tokenizer, Reading(13, 6), [TEXT])[0]["input_ids"] == parts["input_ids"]
 
 
 def test_a_question_stands_before_every_chunk_of_its_context(tokenizer: Any) -> None:
@@ -59,6 +64,16 @@ def test_a_question_stands_before_every_chunk_of_its_context(tokenizer: Any) -> 
     assert said.count("<s> the stone") == 4
     context = [TEXT[a:b] for (a, b), one in zip(row["offset_mapping"], row["sequence_ids"], strict=True) if one == 1]
     assert " ".join(context) == TEXT
+    (cut,) = tokenize(tokenizer, Reading(10, 8, cuts=True), ["the stone"], [TEXT])
+    (whole,) = tokenize(tokenizer, Reading(10, cuts=True), ["the stone"], [TEXT])
+    read = [
+        [at for at, one in zip(row["offset_mapping"], row["sequence_ids"], strict=True) if one == 1]
+        for row in (cut, whole)
+    ]
+    assert read[0] == read[1]
+    assert len(read[0]) == 5
+    with pytest.raises(RecipeError, match="a question has 5 tokens, which leaves no room for its context among 8"):
+        tokenize(tokenizer, Reading(32, 8), ["the stone of the page"], [TEXT])
 
 
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
