@@ -1,7 +1,7 @@
 """The command ``convert``, for the command line of the package and for ``python -m hf_sparse.conversion``."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,8 +129,12 @@ def convert_command(
     if html is not None and texts is None:
         raise ValueError("--html writes what --texts says, and there are none; pass --texts FILE, or leave --html out")
     check_page(html)
-    named: Mapping[int | str, Pattern | str] = dict(_read_layer(text) for text in layers or ())
-    reading = None if texts is None else open_reading(source, texts, max_length=max_length, revision=revision)
+    named: Mapping[int | str, Pattern | str] = _read_layers(layers or ())
+    reading = (
+        None
+        if texts is None
+        else open_reading(source, texts, max_length=max_length, allow_pickle=allow_pickle, revision=revision)
+    )
     chosen: Pattern | LayerPlan | None = None
     if is_auto and reading is not None:
         chosen = plan_on(reading, reading.load_dense()[0], reading.pieces[::2], budget)
@@ -205,6 +209,16 @@ def _read_size(text: str) -> int | tuple[int, int]:
     if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"--image-size takes pixels or HEIGHTxWIDTH, as in 384 or 384x512; got {text!r}")
     return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+
+
+def _read_layers(texts: Sequence[str]) -> dict[int | str, Pattern | str]:
+    found: dict[int | str, Pattern | str] = {}
+    for text in texts:
+        key, value = _read_layer(text)
+        if key in found:
+            raise ValueError(f"--layer names layer {key} twice; leave one of them out")
+        found[key] = value
+    return found
 
 
 def _read_layer(text: str) -> tuple[str, Pattern | str]:

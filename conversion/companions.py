@@ -78,7 +78,7 @@ def plan_companions(checkpoint: Checkpoint, target: Target, *, raises_limits: bo
         folder = _foreign_folder(path)
         if folder is not None:
             left.append(f"{PurePosixPath(*path.parts[: path.parts.index(folder) + 1])}/")
-        elif _is_beside(path, checkpoint) and path.as_posix() not in ours and _matches(path.name, _FOREIGN_FILES):
+        elif path.as_posix() not in ours and is_foreign(path, PurePosixPath(checkpoint.inner)):
             left.append(path.as_posix())
         elif path.as_posix() not in ours:
             carried.append(path)
@@ -96,9 +96,15 @@ def _foreign_folder(path: PurePosixPath) -> str | None:
     return next((part for part in path.parts[:-1] if _matches(part, _FOREIGN_FOLDERS)), None)
 
 
-def is_foreign(path: PurePosixPath) -> bool:
-    """Say whether a file, as a path in a checkpoint, holds its weights, in any format, or is of its training."""
-    return _foreign_folder(path) is not None or _matches(path.name, _FOREIGN_FILES)
+def is_foreign(path: PurePosixPath, inner: PurePosixPath) -> bool:
+    """Say whether a file, as a path in a checkpoint, holds its weights, in any format, or is of its training.
+
+    Args:
+        path: of the file.
+        inner: folder of the transformer.
+    """
+    is_beside = path.parent in (inner, PurePosixPath())
+    return _foreign_folder(path) is not None or (is_beside and _matches(path.name, _FOREIGN_FILES))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

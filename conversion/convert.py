@@ -123,6 +123,7 @@ def convert(
         max_length=target.length,
         image_size_before=target.image_size_before,
         image_size=target.image_size,
+        positions=positions,
         moved=weights.moved,
         tiled=weights.tiled,
         added=weights.added,

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -151,7 +151,9 @@ def export(
         with quietly():
             made.save_pretrained(folder)
         for path in files_of(root):
-            if not is_foreign(path) and path.name not in _OURS:
+            # what lies in folders of its own is of other modules, as sentence-transformers has them
+            is_ours = path.parent == PurePosixPath() and path.name in _OURS
+            if not is_ours and not is_foreign(path, PurePosixPath()):
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(root / path, folder / path)
         difference, compared = None, "not compared: verify was off"
@@ -354,7 +356,13 @@ def _beside(wanted: Path) -> Iterator[Path]:
 
 def _put_in_place(folder: Path, wanted: Path) -> None:
     aside = wanted.with_name(f"{wanted.name}.replaced")
-    if wanted.exists():
+    had_one = wanted.exists()
+    if had_one:
         os.rename(wanted, aside)
-    os.rename(folder, wanted)
+    try:
+        os.rename(folder, wanted)
+    except OSError:
+        if had_one:
+            os.rename(aside, wanted)
+        raise
     shutil.rmtree(aside, ignore_errors=True)

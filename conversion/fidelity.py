@@ -35,11 +35,12 @@ def inspect_fidelity(
     positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     converted: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> FidelityReport:
     """Compare sparse models with the dense one; see :func:`hf_sparse.inspect_fidelity`."""
-    hub: dict[str, Any] = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token, "allow_pickle": allow_pickle}
     reading = open_reading(source, texts, length=length, max_length=max_length, **hub)
     inspection = plan_inspection(reading, patterns, max_length=max_length, positions=positions, layers=layers)
     return inspection.report(converted)

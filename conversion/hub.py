@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_sparse.errors import ConversionError
-from hf_sparse.integration.hub import said_by_hub
+from hf_sparse.integration.hub import clean_token, said_by_hub
 
 # weights as torch.save wrote them
 _PICKLES = [f"{place}pytorch_model*.bin*" for place in ("", "0_*/")]
@@ -38,7 +38,9 @@ def download(
 
     Raises:
         ConversionError: if there is no such model, or the Hub cannot be reached and the cache does not hold it.
+        ValueError: if the token is none.
     """
+    token = clean_token(token)
     folder = _fetch(repository, revision, token, [*_UNWANTED, *_PICKLES])
     if allow_pickle and not any(folder.rglob("model*.safetensors*")):
         folder = _fetch(repository, folder.name, token, _UNWANTED)

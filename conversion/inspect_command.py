@@ -46,6 +46,9 @@ def inspect_command(
         str | None, typer.Option("--positions", help="How rotary positions reach longer texts, as for `convert`.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Page to write as well.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read MODEL's pytorch_model.bin where it has no safetensors.")
+    ] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -61,7 +64,8 @@ def inspect_command(
     read = [None if text.strip() == AUTO else read_settings(text) for text in patterns]
     budget = check_auto(None in read, density)
     check_page(html)
-    settings: dict[str, Any] = {"length": length, "max_length": max_length, "revision": revision}
+    hub: dict[str, Any] = {"allow_pickle": allow_pickle, "revision": revision}
+    settings: dict[str, Any] = {"length": length, "max_length": max_length, **hub}
     made = [one if one is not None else plan_layers(source, texts, budget, **settings) for one in read]
     report = inspect_fidelity(source, made, texts, positions=positions, **settings)
     if html is not None:

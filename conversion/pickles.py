@@ -1,6 +1,7 @@
 """Weights that ``torch.save`` wrote, read as if they lay in safetensors files."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,13 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class PickledTensor(StoredTensor):
-    """A tensor of a pickle; ``start`` and ``stop`` say its length alone."""
+    """A tensor of a pickle; ``start`` and ``stop`` say its length alone.
+
+    Attributes:
+        is_shared: whether the file has the same numbers under another name too.
+    """
+
+    is_shared: bool = False
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the tensor's bytes, a few megabytes at a time."""
@@ -54,15 +61,22 @@ def read_pickle(path: Path) -> Shard:
             "save_pretrained writes safetensors"
         ) from error
     tensors = []
+    places = Counter(_place(tensor) for tensor in held.values()) if isinstance(held, dict) else Counter()
     for name, tensor in held.items() if isinstance(held, dict) else ():
         if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
             raise ConversionError(
                 f"{path}: {name} is no tensor of a known type, got {getattr(tensor, 'dtype', type(tensor))}"
             )
-        tensors.append(PickledTensor(name, _DTYPES[tensor.dtype], tuple(tensor.shape), path, 0, tensor.nbytes))
+        kind, is_shared = _DTYPES[tensor.dtype], places[_place(tensor)] > 1
+        tensors.append(PickledTensor(name, kind, tuple(tensor.shape), path, 0, tensor.nbytes, is_shared))
     if not tensors:
         raise ConversionError(f"{path} holds no tensors by name; save the checkpoint again")
     return Shard(path, {"format": "pt"}, tuple(tensors))
+
+
+def _place(tensor: Any) -> Any:
+    """Return where the numbers of a tensor lie."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if isinstance(tensor, Tensor) else id(tensor)
 
 
 @functools.lru_cache(maxsize=1)

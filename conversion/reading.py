@@ -53,11 +53,12 @@ def open_reading(
     *,
     length: int | None = None,
     max_length: int | None = None,
+    allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Reading:
     """Open a checkpoint and texts; arguments and errors as for :func:`hf_sparse.plan_layers`."""
-    checkpoint = open_checkpoint(source, revision=revision, token=token)
+    checkpoint = open_checkpoint(source, revision=revision, token=token, allow_pickle=allow_pickle)
     checkpoint.check_dense("what reads texts")
     target = plan_target(checkpoint, Band(radius=0), max_length=max_length)
     if target.image_size is not None:
@@ -78,12 +79,13 @@ def plan_layers(
     *,
     length: int | None = None,
     max_length: int | None = None,
+    allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> LayerPlan:
     """Choose a plan by layer; see :func:`hf_sparse.plan_layers`."""
     check_budget(density)
-    hub: dict[str, Any] = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token, "allow_pickle": allow_pickle}
     reading = open_reading(source, texts, length=length, max_length=max_length, **hub)
     return plan_on(reading, reading.load_dense()[0], reading.pieces[::2], density)
 

@@ -34,10 +34,12 @@ class ConversionReport:
         image_size_before: height and width of the source's images, in pixels; None where it reads text.
         image_size: height and width of the destination's images, in pixels; None where it reads text.
         moved: parameters that stay as they were, byte for byte.
-        tiled: parameters of the tables of positions, as long as they are now, tiled for text and interpolated for images;
-            none where the length stays.
+        positions: how positions were asked to reach a longer text; None where nothing was asked for.
+        tiled: parameters of the tables of positions, as long as they are now, tiled or interpolated; none where the length
+            stays.
         added: parameters that start as copies of others, and centroids that were calibrated.
-        dropped: buffers of older versions that were left out; models make them anew.
+        dropped: what was left out: buffers of older versions, which models make anew, and weights that the pattern of a sparse
+            source owned and the new one does not.
         files_carried: files beside the weights and config.json, as they were but for the limits.
         files_raised: those of them whose limits of length were raised, or that gained a field.
         files_left_behind: files that hold the dense model in other formats, or belong to its training.
@@ -66,6 +68,7 @@ class ConversionReport:
     max_length: int
     image_size_before: tuple[int, int] | None
     image_size: tuple[int, int] | None
+    positions: str | None
     moved: Count
     tiled: Count
     added: Count
@@ -110,9 +113,9 @@ class ConversionReport:
             ("longest input", f"{self._reads(before=True)} -> {self._reads()}"),
             ("density", f"{self.density:.4f} of all pairs at {self.max_length:,} tokens"),
             ("parameters moved", str(self.moved)),
-            ("positions tiled" if self.image_size is None else "interpolated", str(self.tiled)),
+            (f"positions {self._lengthened}", str(self.tiled)),
             ("parameters added", str(self.added)),
-            ("buffers dropped", str(self.dropped)),
+            ("not taken over", str(self.dropped)),
             ("files carried", _listed(self.files_carried)),
             ("limits raised in", _listed(self.files_raised)),
             ("files left behind", _listed(self.files_left_behind)),
@@ -141,6 +144,10 @@ class ConversionReport:
         return inputs_in_words(self.max_length, self.image_size)
 
     @property
+    def _lengthened(self) -> str:
+        return "tiled" if self.positions in (None, "tile") and self.image_size is None else "interpolated"
+
+    @property
     def _comparison(self) -> str:
         return "wide open" if self.imported_from is None else "same pattern"
 
@@ -151,14 +158,14 @@ class ConversionReport:
         return f"largest difference {self.wide_open_difference:.1e} ({self.wide_open_note}{memory})"
 
     def __str__(self) -> str:
-        tiled = "tiled" if self.image_size is None else "interpolated"
+        positions = f"positions {self._lengthened}: {self.tiled}"
         rotary = f"Rotary positions: {json.dumps(self.rotary)}. " if self.rotary else ""
         calibrated = f"Calibrated: {self.calibration}. " if self.calibration else ""
         pushed = f" Pushed to {self.pushed_to}." if self.pushed_to else ""
         return (
             f"Converted {self.source} to {self.destination} ({self.model_type}, pattern {self.pattern['key']}): reads "
             f"{self._reads()} where it read {self._reads(before=True)}, and {self.density:.2%} of all pairs at that length. "
-            f"Parameters moved: {self.moved}; {tiled}: {self.tiled}; added: {self.added}. {rotary}{calibrated}"
+            f"Parameters moved: {self.moved}; {positions}; added: {self.added}. {rotary}{calibrated}"
             f"{self._comparison.capitalize()}: {self._wide_open()}. {self.seconds:.1f} s.{pushed}"
         )
 

@@ -121,6 +121,8 @@ def read_shard(path: Path) -> Shard:
     try:
         header: dict[str, Any] = json.loads(raw)
         metadata = dict(header.pop("__metadata__", None) or {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its notes are no texts")
         tensors = [_stored(name, entry, path, 8 + length) for name, entry in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(_broken(path, f"its header cannot be read: {error}")) from error
@@ -140,7 +142,9 @@ def _check_extent(path: Path, tensors: list[StoredTensor], data: int, size: int)
         if tensor.start != at or tensor.stop < tensor.start:
             raise ConversionError(_broken(path, f"tensor {tensor.name} does not follow the one before it"))
         bits = _BITS.get(tensor.dtype)
-        if bits is not None and 8 * (tensor.stop - tensor.start) != bits * tensor.numbers:
+        if bits is None:
+            raise ConversionError(_broken(path, f"tensor {tensor.name} is of an unknown type, {tensor.dtype}"))
+        if 8 * (tensor.stop - tensor.start) != bits * tensor.numbers:
             raise ConversionError(_broken(path, f"tensor {tensor.name} does not have the bytes of its shape"))
         at = tensor.stop
     if at != size:

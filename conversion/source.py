@@ -110,13 +110,14 @@ def open_checkpoint(
         way_out = "merge the adapter into its model and save that" if is_adapter else "pass the folder that holds it"
         raise ConversionError(f"{name} is not a checkpoint: {folder} holds no config.json; {way_out}")
     config = read_json(folder / "config.json")
+    _check_config(name, folder, config)
     if "sparse_attention" in config or str(config.get("model_type", "")).startswith("sparse_"):
         raise ConversionError(
             f"{name} is sparse already (model_type {config.get('model_type')!r}); load it as it is, or convert the dense "
             "checkpoint it came from with another pattern"
         )
     _check_code(name, folder, config)
-    if config.get("quantization_config"):
+    if config.get("quantization_config") is not None:
         raise ConversionError(
             f"{name} is quantized (quantization_config in config.json), and conversion copies plain weights; convert the "
             "checkpoint it was made from"
@@ -176,7 +177,10 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         if checkpoint.origin is not None:
             config: PreTrainedConfig = CONFIG_MAPPING[str(model_type)].from_dict(checkpoint.config)
             return config
-        return AutoConfig.from_pretrained(checkpoint.folder)
+        read = AutoConfig.from_pretrained(checkpoint.folder)
+        # whatever attention it names is not what it will have
+        read._attn_implementation_internal = None
+        return read
     # a field of a wrong type raises one of several classes of huggingface_hub's
     except Exception as error:
         reason = str(error).strip().splitlines()
@@ -217,11 +221,28 @@ def files_of(root: Path) -> Iterator[PurePosixPath]:
                 yield PurePosixPath(path.relative_to(root).as_posix())
 
 
+def _check_config(name: str, folder: Path, config: dict[str, Any]) -> None:
+    """Check what a config.json says of classes, and that no adapter lies beside it."""
+    architectures = config.get("architectures")
+    is_list = isinstance(architectures, list) and all(isinstance(one, str) for one in architectures)
+    if not isinstance(config.get("model_type", ""), str) or not (architectures is None or is_list):
+        raise ConversionError(
+            f"{folder / 'config.json'}: model_type has to be a text and architectures a list of texts; fetch or save it again"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ConversionError(
+            f"{name} holds an adapter (adapter_config.json), which a conversion would leave out; merge it into its model and "
+            "save that, or remove it"
+        )
+
+
 def _transformer_folder(root: Path) -> str:
     """Return where sentence-transformers' list of modules puts the transformer; "" where there is no such list."""
     if not (root / "modules.json").is_file():
         return ""
     modules = read_json(root / "modules.json", kind=list)
+    if not all(isinstance(module, dict) for module in modules):
+        raise ConversionError(f"{root / 'modules.json'} does not list modules as objects; fetch the checkpoint again")
     found = [module.get("path", "") for module in modules if str(module.get("type", "")).endswith(".Transformer")]
     if not found:
         return ""
@@ -273,16 +294,21 @@ def _read_shards(
     name: str, folder: Path, index_name: str, read: Callable[[Path], Shard]
 ) -> tuple[tuple[Shard, ...], dict[str, Any]]:
     index: dict[str, Any] = read_json(folder / index_name)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{folder / index_name} has no weight_map; fetch or save the checkpoint again")
+    held = index.get("weight_map")
+    weight_map: dict[str, Any] = held if isinstance(held, dict) else {}
+    are_files = bool(weight_map) and all(isinstance(file, str) for file in weight_map.values())
+    if not are_files or not isinstance(index.setdefault("metadata", {}), dict):
+        raise ConversionError(
+            f"{folder / index_name} has no weight_map from tensors to files, or metadata that is none; fetch or save the "
+            "checkpoint again"
+        )
     shards = []
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not (folder / file).is_file():
             raise ConversionError(f"{name} lacks the shard {file} that its index names; fetch the checkpoint again")
         shard = read(folder / file)
-        held = {tensor.name for tensor in shard.tensors}
-        lacking = sorted(key for key, place in weight_map.items() if place == file and key not in held)
+        there = {tensor.name for tensor in shard.tensors}
+        lacking = sorted(key for key, place in weight_map.items() if place == file and key not in there)
         if lacking:
             raise ConversionError(
                 f"{folder / file} lacks {_some(lacking)}, which the index says it holds; fetch it again"

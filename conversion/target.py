@@ -172,6 +172,9 @@ def plan_target(
     entry = make_entry(pattern, layers)
     dense_config = read_config(checkpoint)
     classes = _dense_classes(checkpoint, dense_config)
+    # on the meta device: names and shapes without memory
+    with torch.device("meta"):
+        dense = _built(classes[0], dense_config, checkpoint)
     if not parts_of(dense_config):
         _check(check_dispatches, classes[0], dense_config)
     family = family_of(dense_config)
@@ -180,11 +183,9 @@ def plan_target(
     _check(check_obeys, classes[0], dense_config)
     wanted: dict[str, Any] = {"max_length": max_length, "image_size": image_size, "positions": positions}
     config = sparse_config(dense_config, pattern, layers=layers, **wanted)
-    # on the meta device: names and shapes without memory
     entry = read_entry(config)
     with torch.device("meta"):
         model = sparse_model_class(classes[0])(config)
-        dense = classes[0](dense_config)
     copies = _copies(model)
     modules = self_attention_modules(model)
     length = family.length(config)
@@ -219,6 +220,19 @@ def plan_target(
         renamings=renamings_of(dense),
         tied=frozenset(dense.all_tied_weights_keys),
     )
+
+
+def _built(cls: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
+    """Return a model of a config, whose numbers may be such that none can be made."""
+    try:
+        return cls(config)
+    # a size of 0, an unknown activation: each raises an error of its own kind
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConversionError(
+            f"{checkpoint.folder / 'config.json'} describes no {config.model_type} that can be made "
+            f"({type(error).__name__}: {reason}); fetch or save it again"
+        ) from error
 
 
 def _dense_classes(checkpoint: Checkpoint, config: PreTrainedConfig) -> list[Any]:

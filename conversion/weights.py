@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.conversion.names import Spelling
-from hf_sparse.conversion.pickles import PICKLE_INDEX
+from hf_sparse.conversion.pickles import PICKLE_INDEX, PickledTensor
 from hf_sparse.conversion.report import Count
 from hf_sparse.conversion.shards import FLOATS, Piece, StoredTensor, cut, header_of
 from hf_sparse.conversion.source import INDEX, Checkpoint
@@ -80,6 +80,7 @@ def plan_weights(
     _check_whole(checkpoint, target, spelling)
     copies = _copies(checkpoint, target, spelling)
     kept = {spelling.find(new) for new in (*target.copies, *target.fresh)}
+    tied = {spelling.find(name) for name in target.tied}
     beside = spelling.stored.get(spelling.find(target.beside) or "")
     made: dict[str, list[int]] = {kind: [] for kind in ("moved", "tiled", "added", "dropped")}
     shards = []
@@ -90,6 +91,9 @@ def plan_weights(
             is_unused = (".sparse_state." in tensor.name or _NODES in tensor.name) and tensor.name not in kept
             if target.is_buffer(tensor.name) or is_unused:
                 made["dropped"].append(tensor.numbers)
+                continue
+            # safetensors have such once
+            if isinstance(tensor, PickledTensor) and tensor.is_shared and tensor.name in tied:
                 continue
             is_tiled = target.is_table(tensor.name) and target.length > target.length_before
             pieces.append(_lengthen(tensor, checkpoint, target) if is_tiled else _carry(tensor, tensor.name))

@@ -168,6 +168,7 @@ def plan_layers(
     *,
     length: int | None = None,
     max_length: int | None = None,
+    allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> "LayerPlan":
@@ -186,6 +187,7 @@ def plan_layers(
         length: tokens of a piece; None takes what the checkpoint reads, 2,048 at the most.
         max_length: tokens of the longest text that the plan is to serve: a sliding window of the model's own has to hold what
             is read there. None takes what the checkpoint reads.
+        allow_pickle: whether ``pytorch_model.bin`` is read where there is no safetensors; nothing but tensors is unpickled.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; None takes the one that was logged in with.
 
@@ -199,7 +201,16 @@ def plan_layers(
     """
     from hf_sparse.conversion import plan_layers as run
 
-    return run(source, texts, density, length=length, max_length=max_length, revision=revision, token=token)
+    return run(
+        source,
+        texts,
+        density,
+        length=length,
+        max_length=max_length,
+        allow_pickle=allow_pickle,
+        revision=revision,
+        token=token,
+    )
 
 
 def inspect_fidelity(
@@ -212,6 +223,7 @@ def inspect_fidelity(
     positions: str | None = None,
     layers: Mapping[int | str, Pattern | str] | None = None,
     converted: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> "FidelityReport":
@@ -228,6 +240,7 @@ def inspect_fidelity(
         layers: maps layers to patterns or to "dense", for what is no plan; as for ``convert``.
         converted: a folder that ``convert`` made with the only one of ``patterns``, whose weights are read; None takes those of
             the source.
+        allow_pickle: whether ``pytorch_model.bin`` is read where there is no safetensors; nothing but tensors is unpickled.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; None takes the one that was logged in with.
 
@@ -251,6 +264,7 @@ def inspect_fidelity(
         positions=positions,
         layers=layers,
         converted=converted,
+        allow_pickle=allow_pickle,
         revision=revision,
         token=token,
     )

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from hf_sparse.errors import HfSparseError, LostProcessError, PushError, UnfinishedConversionError
+from hf_sparse.errors import FailedRunError, HfSparseError, LostProcessError, PushError, UnfinishedConversionError
 from hf_sparse.patterns import PATTERNS, Pattern, pattern_from_dict
 
 PATTERN_HELP = 'A key of `hf-sparse patterns`, several joined by "|" for their union, or a pattern as JSON.'
@@ -36,7 +36,7 @@ def run(app: typer.Typer, prog_name: str, args: Sequence[str] | None = None) -> 
         _fail(f"{path}: {error.format_message().rstrip('.')}; try {path} --help", error.exit_code)
     except typer.Abort:
         _fail(f"{prog_name}: stopped", 130)
-    except (UnfinishedConversionError, LostProcessError, PushError) as error:
+    except (UnfinishedConversionError, FailedRunError, LostProcessError, PushError) as error:
         _fail(f"{prog_name}: {error}", 1)
     except (HfSparseError, ValueError, TypeError, OSError) as error:
         _fail(f"{prog_name}: {error}", 2)

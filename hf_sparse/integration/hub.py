@@ -1,5 +1,6 @@
 """Pushing to the Hub, and what its errors mean."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,24 @@ _WEIGHTS = tuple(
     for name in (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json")
 )
 
+# what a token may be made of
+_TOKEN = re.compile(r"[!-~]+")
+
+
+def clean_token(token: str | bool | None) -> str | bool | None:
+    """Return a token without the line break behind it.
+
+    Raises:
+        ValueError: if it, or the one of the environment, holds what no token does: the client's error would repeat it.
+    """
+    held = os.environ.get("HF_TOKEN", "") if token in (None, True) else token
+    if isinstance(held, str) and held.strip() and not _TOKEN.fullmatch(held.strip()):
+        raise ValueError(
+            "the token for the Hub holds characters that no token has, such as a break in its middle; copy it anew "
+            "(`hf auth login`, or HF_TOKEN)"
+        )
+    return token.strip() if isinstance(token, str) else token
+
 
 def check_account(token: str | bool | None = None) -> None:
     """Check that the Hub knows who asks, before anything is done that is to be pushed.
@@ -24,7 +43,9 @@ def check_account(token: str | bool | None = None) -> None:
 
     Raises:
         PushError: if it does not, or cannot be reached.
+        ValueError: if the token is none.
     """
+    token = clean_token(token)
     try:
         HfApi(token=token).whoami()
     # errors of a connection belong to whatever HTTP client the Hub's library uses
@@ -59,8 +80,9 @@ def push_folder(
 
     Raises:
         PushError: if the Hub cannot be reached or refuses; in one line, without the token.
+        ValueError: if the token is none.
     """
-    api = HfApi(token=token)
+    api = HfApi(token=clean_token(token))
     try:
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
@@ -99,8 +121,8 @@ def said_by_hub(error: BaseException) -> str:
         return f"it answers with status {status}; try again later"
     cause = list(_chain(error))[-1]
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    # an address may be signed
-    return re.sub(r"\?[^\s'\"]*", "", reason)
+    # an address may be signed, and a header hold the token
+    return re.sub(r"Bearer [^'\"]*|hf_\w+", "***", re.sub(r"\?[^\s'\"]*", "", reason))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

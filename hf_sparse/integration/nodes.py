@@ -163,6 +163,8 @@ class Nodes(nn.Module):
         pooled = torch.cat([hidden[:, at : at + 1], hidden[:, 1:]], 1)  # type: ignore[operator]
         if isinstance(output, dict):
             output["last_hidden_state"] = pooled
+            if output.get("hidden_states") is not None:
+                output["hidden_states"] = (*output["hidden_states"][:-1], pooled)
             return output
         return (pooled, *output[1:])
 
@@ -189,7 +191,7 @@ class Nodes(nn.Module):
         if hidden is None or mask is None or mask.dim() != 2:
             return args, kwargs
         more = hidden.shape[1] - mask.shape[1]
-        if more and more == self.pattern.num_nodes(mask.shape[1]):
+        if more == self.pattern.num_nodes(mask.shape[1]):
             kwargs = {**kwargs, "encoder_attention_mask": nn.functional.pad(mask, (0, more), value=1)}
         return args, kwargs
 

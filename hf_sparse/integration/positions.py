@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.integration.families import Family, family_of
+from hf_sparse.integration.families import FAMILIES, Family, family_of
 from hf_sparse.integration.rotary import METHODS, longer_rotary
 from hf_sparse.integration.vision import (
     VisionFamily,
@@ -225,8 +225,12 @@ def _wanted_limit(config: Any, family: Family, max_length: Any) -> int:
             f"max_length {max_length} is shorter than the {family.length(config)} tokens this checkpoint reads already"
         )
     if family.kind == "fixed" and max_length > family.length(config):
+        why = (
+            "its input has one length"
+            if (getattr(config, "dense_model_type", None) or config.model_type) in FAMILIES
+            else "how it stores positions is not in the table of families, so they cannot be lengthened"
+        )
         raise ValueError(
-            f"{config.model_type} keeps its length of {family.length(config)} tokens: how it stores positions is not in the "
-            "table of families, so they cannot be lengthened; leave max_length out"
+            f"{config.model_type} keeps its length of {family.length(config)} tokens: {why}; leave max_length out"
         )
     return family.limit(config, max_length)

@@ -18,7 +18,7 @@ from hf_sparse.integration.card import Card, draw
 from hf_sparse.integration.density import layer_of, mean_density
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.families import family_of
-from hf_sparse.integration.hub import push_folder, said_by_hub
+from hf_sparse.integration.hub import clean_token, push_folder, said_by_hub
 from hf_sparse.integration.layers import self_attention_modules, tag_of
 
 _README = "README.md"
@@ -41,7 +41,7 @@ def push_model(
     Raises:
         PushError: if the Hub cannot be reached or refuses.
     """
-    origin, token = model.config._name_or_path, settings.get("token")
+    origin, token = model.config._name_or_path, clean_token(settings.get("token"))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -15,6 +15,7 @@ from hf_sparse.integration.auto import SparseModelMixin, sparse_config_class, sp
 from hf_sparse.integration.buckets import give_distances_
 from hf_sparse.integration.entry import Entry, make_entry
 from hf_sparse.integration.families import family_of
+from hf_sparse.integration.hub import clean_token
 from hf_sparse.integration.layers import attach, check_entry, self_attention_modules, start_states
 from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
 from hf_sparse.integration.positions import wanted_limits
@@ -186,6 +187,8 @@ def sparse_config(
         UnsupportedModelError: if the model type cannot be made sparse.
         ValueError: if ``max_length``, ``image_size`` or ``positions`` does not fit the checkpoint.
     """
+    if "token" in kwargs:
+        kwargs["token"] = clean_token(kwargs["token"])
     dense = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **kwargs)
     entry = make_entry(pattern, layers)
     if getattr(dense, "sparse_attention", None) is not None:

@@ -35,7 +35,8 @@ class LSG(ContentPattern):
         pass_global_tokens_to_decoder: whether a decoder beside the encoder reads the global tokens too.
 
     Source: Condevaux and Harispe 2022, arXiv:2210.15497, and ccdv-ai/convert_checkpoint_to_lsg. Left out are "lsh", which draws
-    hashes anew in each pass, "bos_pooling", which reads padding, and ``mask_first_token``. A mean is that of its tokens,
+    hashes anew in each pass, "bos_pooling", which reads padding, and ``mask_first_token``. Blocks are counted from
+    the first real token; there padding on the left and holes in a mask take places in them. A mean is that of its tokens,
     without the 1e-6 added to their number there.
     """
 

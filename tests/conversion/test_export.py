@@ -1,6 +1,7 @@
 """Sparse checkpoints as Longformer, LED and BigBird of transformers' own, which nobody here wrote."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,42 @@ def test_what_belongs_to_the_sparse_checkpoint_stays_behind(tmp_path: Path) -> N
     assert names == {"config.json", "model.safetensors", "notes.txt", "tokenizer.json", "tokenizer_config.json"}
     held = json.loads((tmp_path / "in-tree/config.json").read_text())
     assert not {"sparse_attention", "auto_map", "dense_model_type"} & held.keys()
+
+
+def test_modules_of_sentence_transformers_come_along(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "dense", "Bert", "Model")
+    write_tokenizer(tmp_path / "dense", "Bert")
+    modules = {"1_Pooling/config.json": '{"a": 1}', "2_Dense/config.json": "{}", "2_Dense/model.safetensors": "weights"}
+    listed = [
+        {"path": path, "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}"}
+        for path in ("", "1_Pooling")
+    ]
+    for name, text in {**modules, "modules.json": json.dumps(listed)}.items():
+        (tmp_path / "dense" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "dense" / name).write_text(text)
+    hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", WINDOW, verify=False)
+    (tmp_path / "sparse" / "pytorch_model.bin").write_text("x")
+    hf_sparse.export(tmp_path / "sparse", tmp_path / "in-tree", "longformer")
+    assert {name: (tmp_path / "in-tree" / name).read_text() for name in modules} == modules
+    assert not (tmp_path / "in-tree" / "pytorch_model.bin").exists()
+
+
+def test_what_stood_there_comes_back_if_it_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "dense", "Bert", "Model")
+    hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", WINDOW, verify=False)
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "old").write_text("kept")
+    rename = os.rename
+
+    def refuse(one: Any, other: Any) -> None:
+        if Path(other) == tmp_path / "to" and not str(one).endswith(".replaced"):
+            raise OSError("no")
+        rename(one, other)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="no"):
+        hf_sparse.export(tmp_path / "sparse", tmp_path / "to", "longformer", overwrite=True)
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["old"]
 
 
 def test_half_precision_stays(tmp_path: Path) -> None:

@@ -135,6 +135,44 @@ def test_a_decoder_reads_what_it_reads_in_lsg(tmp_path: Path, family: str, field
     assert said.encoder_last_hidden_state.shape[1] == 90 + nodes
 
 
+def test_where_no_decoder_reads_them_the_first_one_is_pooled_everywhere(tmp_path: Path) -> None:
+    dense, table = write_lsg(tmp_path / "lsg", "Bart", "Model", pass_global_tokens_to_decoder=False)
+    hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    ours = AutoModel.from_pretrained(tmp_path / "sparse").eval()
+    ids = tiny_batch(90, padding=0)["input_ids"]
+    want = read_by_lsg(dense, table, ids[0], LSG)
+    with torch.no_grad():
+        said = ours.encoder(input_ids=ids, output_hidden_states=True)
+        as_tuple = ours.encoder(input_ids=ids, return_dict=False)
+    for found in (said.last_hidden_state, said.hidden_states[-1], as_tuple[0]):
+        assert (found[0] - want).abs().max() <= TOLERANCE
+    bert, table = write_lsg(tmp_path / "bert")
+    hf_sparse.convert(tmp_path / "bert", tmp_path / "other")
+    with torch.no_grad():
+        first = AutoModel.from_pretrained(tmp_path / "other").eval()(input_ids=ids, return_dict=False)[0]
+    assert (first[0] - read_by_lsg(bert, table, ids[0], LSG)).abs().max() <= TOLERANCE
+
+
+def test_a_mask_has_room_for_the_nodes_and_for_nothing_else(tmp_path: Path) -> None:
+    write_lsg(tmp_path / "lsg", "Bart", "Model")
+    hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
+    ours = AutoModel.from_pretrained(tmp_path / "sparse").eval()
+    batch = tiny_batch(90, padding=0)
+    asked = {"decoder_input_ids": batch["input_ids"][:, :7]}
+    with torch.no_grad():
+        whole = ours(**batch, **asked)
+        read = whole.encoder_last_hidden_state
+        again = ours(encoder_outputs=(read,), attention_mask=batch["attention_mask"], **asked)
+        assert torch.equal(again.last_hidden_state, whole.last_hidden_state)
+        # of someone else's encoder
+        without = ours(encoder_outputs=(read[:, :90],), attention_mask=batch["attention_mask"], **asked)
+        assert not torch.allclose(without.last_hidden_state, whole.last_hidden_state)
+        with pytest.raises(
+            ValueError, match=r"attention_mask must have shape \[batch, tokens\] = \[2, 93\], got \[2, 85\]"
+        ):
+            ours(encoder_outputs=(read,), attention_mask=batch["attention_mask"][:, :85], **asked)
+
+
 def test_beams_read_the_global_tokens_too(tmp_path: Path) -> None:
     write_lsg(tmp_path / "lsg", "Bart", "ForConditionalGeneration", forced_eos_token_id=None)
     hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")

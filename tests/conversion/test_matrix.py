@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, ViTImageProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    CLIPImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ViTImageProcessor,
+    pipeline,
+)
 
 import hf_sparse
 from hf_sparse.integration.auto import sparse_model_class
@@ -175,6 +182,26 @@ def test_the_pipeline_says_what_an_image_shows(made: Made, model_type: str) -> N
     classify = pipeline("image-classification", model=made.load(), image_processor=processor)
     logits = made.load()(**processor(image, return_tensors="pt")).logits
     assert classify(image, top_k=1)[0]["label"] == made.load().config.id2label[logits.argmax().item()]
+
+
+def test_the_pipeline_gives_features_of_an_image(tmp_path: Path) -> None:
+    model = hf_sparse.sparsify_(tiny_of_type("clip_vision_model"), BAND).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    image = Image.new("RGB", (20, 24), (200, 30, 90))
+    found = pipeline("image-feature-extraction", model=model, image_processor=processor)(image)
+    with torch.no_grad():
+        wanted = model(**processor(image, return_tensors="pt")).last_hidden_state
+    assert torch.allclose(torch.tensor(found), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "bart", "mbart"])
+def test_the_pipeline_gives_features_of_a_text(made: Made, model_type: str) -> None:
+    text = " ".join(f"w{number}" for number in range(30))
+    model = made.load()
+    found = pipeline("feature-extraction", model=model, tokenizer=tokenizer())(text)
+    with torch.no_grad():
+        wanted = model(**tokenizer()(text, return_tensors="pt", return_token_type_ids=False))[0]
+    assert torch.allclose(torch.tensor(found), wanted, atol=1e-6)
 
 
 # peft takes seconds to import

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 
 import hf_sparse
 from hf_sparse.errors import ConversionError
-from tests.support.checkpoints import tree
+from tests.support.checkpoints import tree, write_tokenizer
+from tests.support.decoders import tiny_decoder
+from tests.support.models import tiny_model
 
 LONGFORMER = hf_sparse.pattern("longformer", window=8, global_tokens=(0,))
 INDEX = "model.safetensors.index.json"
@@ -60,6 +63,32 @@ def test_one_pickle_of_all_weights(bert: Path, tmp_path: Path) -> None:
     held = load_file(tmp_path / "sparse/model.safetensors")
     assert held.keys() == weights.keys()
     assert all(torch.equal(held[name], tensor) and held[name].dtype == tensor.dtype for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(("family", "head"), [("Bert", "ForMaskedLM"), ("Bart", "ForConditionalGeneration")])
+def test_weights_that_are_tied_are_written_once(tmp_path: Path, family: str, head: str) -> None:
+    made = tiny_decoder(family, head) if family == "Bart" else tiny_model(family, head)
+    made.save_pretrained(tmp_path / "dense")
+    shutil.copytree(tmp_path / "dense", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(made.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    want = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", LONGFORMER)
+    found = hf_sparse.convert(tmp_path / "pickled", tmp_path / "other", LONGFORMER, allow_pickle=True)
+    assert found.wide_open_difference == want.wide_open_difference
+    assert found.moved.numbers - want.moved.numbers <= 64  # final_logits_bias, a buffer that BART saves
+    names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("other", "sparse")]
+    assert names[0] - names[1] <= {"final_logits_bias"}
+
+
+def test_a_pickle_is_read_on_texts_too(bert: Path, pickled: Path, tmp_path: Path) -> None:
+    write_tokenizer(pickled, "Bert")
+    (tmp_path / "text").write_text("the river reads every page " * 60)
+    asked: dict[str, Any] = {"length": 32}
+    with pytest.raises(ConversionError, match="pass allow_pickle=True"):
+        hf_sparse.plan_layers(pickled, tmp_path / "text", 0.5, **asked)
+    plan = hf_sparse.plan_layers(pickled, tmp_path / "text", 0.5, allow_pickle=True, **asked)
+    report = hf_sparse.inspect_fidelity(pickled, [plan], tmp_path / "text", allow_pickle=True, **asked)
+    assert 0 < report.patterns[0].density <= 0.5
 
 
 def test_safetensors_come_first(bert: Path, tmp_path: Path) -> None:

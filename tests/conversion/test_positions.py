@@ -43,6 +43,7 @@ def test_an_interpolated_table_keeps_its_ends_and_lies_in_line_between(tmp_path:
     assert report.wide_open_difference is not None
     before, after = weights(tmp_path / "dense")[TABLE], weights(tmp_path / "sparse")[TABLE]
     assert report.tiled == Count(1, 303 * 32)
+    assert "; positions interpolated: 9,696 in 1 tensor; " in str(report)
     assert torch.equal(after[[0, 1, 2, -1]], before[[0, 1, 2, -1]])
     wanted = stretched_by_hand(before, 303, 2)
     # a place in the table is a float32 of up to 128, and so is the product with it

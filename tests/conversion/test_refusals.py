@@ -94,6 +94,46 @@ def test_a_config_with_a_field_of_a_wrong_type(bert: Path, room: Path) -> None:
     assert_refused(bert, room, ConversionError, "config.json cannot be read as a bert config", "num_hidden_layers")
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model_type": ["bert"]}, "model_type has to be a text and architectures a list of texts"),
+        ({"architectures": 5}, "model_type has to be a text and architectures a list of texts"),
+        ({"architectures": [5]}, "model_type has to be a text and architectures a list of texts"),
+        ({"quantization_config": {}}, "is quantized (quantization_config in config.json)"),
+        ({"hidden_act": "nope"}, "describes no bert that can be made (KeyError: 'nope')"),
+        ({"num_attention_heads": 0}, "describes no bert that can be made (ZeroDivisionError"),
+        ({"hidden_size": -32}, "describes no bert that can be made (RuntimeError"),
+    ],
+)
+def test_a_config_that_makes_no_sense(bert: Path, room: Path, fields: dict[str, Any], says: str) -> None:
+    edit_json(bert / "config.json", **fields)
+    assert_refused(bert, room, ConversionError, says)
+
+
+def test_an_attention_that_a_config_names_is_not_needed(bert: Path, room: Path) -> None:
+    edit_json(bert / "config.json", attn_implementation="flash_attention_2")
+    assert hf_sparse.convert(bert, room / "sparse", BAND).wide_open_difference is not None
+    assert "attn_implementation" not in json.loads((room / "sparse/config.json").read_text())
+
+
+def test_an_adapter_beside_the_weights(bert: Path, room: Path) -> None:
+    (bert / "adapter_config.json").write_text("{}")
+    (bert / "adapter_model.safetensors").write_bytes(b"x")
+    assert_refused(bert, room, ConversionError, "holds an adapter (adapter_config.json)", "merge it into its model")
+
+
+@pytest.mark.parametrize("fields", [{"weight_map": {"a": 3}}, {"weight_map": {"a": None}}, {"metadata": "x"}])
+def test_an_index_of_something_else(bert: Path, room: Path, fields: dict[str, Any]) -> None:
+    edit_json(bert / "model.safetensors.index.json", **fields)
+    assert_refused(bert, room, ConversionError, "has no weight_map from tensors to files, or metadata that is none")
+
+
+def test_modules_that_are_none(bert: Path, room: Path) -> None:
+    (bert / "modules.json").write_text("[5]")
+    assert_refused(bert, room, ConversionError, "does not list modules as objects")
+
+
 def test_a_folder_without_weights(bert: Path, room: Path) -> None:
     for path in bert.glob("model*"):
         path.unlink()
@@ -142,6 +182,8 @@ def test_an_index_that_leads_out_of_the_folder(bert: Path, room: Path) -> None:
         (lambda raw: raw[:8] + b"[" + raw[9:], "its header cannot be read"),
         (lambda raw: raw.replace(b'"data_offsets"', b'"data_offzets"', 1), "its header cannot be read"),
         (lambda raw: raw.replace(b'"shape":[32', b'"shape":[31', 1), "does not have the bytes of its shape"),
+        (lambda raw: raw.replace(b'"dtype":"F32"', b'"dtype":"F13"', 1), "is of an unknown type, F13"),
+        (lambda raw: raw.replace(b'{"format":"pt"}', b'{"format":1234}', 1), "its notes are no texts"),
         (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "its header claims"),
     ],
 )

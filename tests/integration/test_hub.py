@@ -1,11 +1,13 @@
 """What the errors of the Hub mean, and that the words of a server are not repeated."""
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import constants
 
 import hf_sparse
 from hf_sparse.errors import PushError
-from hf_sparse.integration.hub import said_by_hub
+from hf_sparse.integration.hub import clean_token, said_by_hub
 from tests.support.models import tiny_model
 
 
@@ -52,6 +54,41 @@ def test_what_is_no_answer_is_told_in_one_line_without_signatures() -> None:
     said = said_by_hub(wrapped(OSError("cannot reach 'https://a.b/c?X-Signature=secret' now\nsecond line")))
     assert said == "cannot reach 'https://a.b/c' now"
     assert said_by_hub(TimeoutError()) == "TimeoutError"
+
+
+BROKEN = "hf_SECRET\x0bmore"
+
+
+def test_a_token_that_is_none_is_refused_before_it_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), hf_sparse.pattern("band", radius=2))
+    pattern = hf_sparse.pattern("band", radius=2)
+    (tmp_path / "text").write_text("a word")
+    calls = {
+        "push": lambda token: model.push_to_hub("ada/model", token=token),
+        "convert": lambda token: hf_sparse.convert("ada/model", tmp_path / "to", pattern, token=token),
+        "account": lambda token: hf_sparse.convert("ada/model", tmp_path / "to", pattern, push_to="a/b", token=token),
+        "export": lambda token: hf_sparse.export("ada/model", tmp_path / "to", "longformer", token=token),
+        "inspect": lambda token: hf_sparse.inspect_fidelity("ada/model", [pattern], tmp_path / "text", token=token),
+        "config": lambda token: hf_sparse.sparse_config("ada/model", pattern, token=token),
+    }
+    for name, call in calls.items():
+        for given in (BROKEN, None):
+            if given is None and name == "config":
+                continue
+            monkeypatch.setenv("HF_TOKEN", BROKEN if given is None else "")
+            with pytest.raises(ValueError, match="the token for the Hub holds characters that no token has") as caught:
+                call(given)
+            assert "SECRET" not in str(caught.value), name
+            assert caught.value.__cause__ is None
+    # a line break behind it is none of its own
+    assert clean_token("hf_good\n") == "hf_good"
+    monkeypatch.setenv("HF_TOKEN", "hf_good\n")
+    assert clean_token(None) is None
+
+
+def test_what_a_client_says_of_a_header_is_left_out() -> None:
+    said = said_by_hub(wrapped(ValueError("Illegal header value b'Bearer hf_SECRET\\n'")))
+    assert said == "Illegal header value b'***'"
 
 
 def test_a_model_is_not_pushed_offline(monkeypatch: pytest.MonkeyPatch) -> None:
