@@ -4,8 +4,10 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 # seconds up to a checkpoint, in its folder: what is written last
@@ -51,3 +53,20 @@ def take_home(checkpoint: str) -> None:
     here = None if best is None else path.parent.parent / Path(best).name
     if here is not None and here.is_dir() and str(here) != best:
         path.write_text(json.dumps({**state, "best_model_checkpoint": str(here)}, indent=2), encoding="utf-8")
+
+
+def load_renamed_(model: Any, checkpoint: str) -> None:
+    """Load a checkpoint into a model that it names the weights of in another way, in place; any other stays as it is.
+
+    Some types (ViT) are saved under the names of older versions. ``from_pretrained`` translates them, ``Trainer`` does not: it
+    would go on with the weights that it had.
+
+    Args:
+        model: a transformers model; of one that peft has wrapped nothing is loaded.
+        checkpoint: folder of the checkpoint.
+    """
+    folder = Path(checkpoint)
+    stored = {name for path in folder.glob("*.safetensors") for name in safe_open(path, framework="pt").keys()}  # noqa: SIM118
+    if not isinstance(model, PreTrainedModel) or not stored - model.state_dict().keys():
+        return
+    model.load_state_dict(type(model).from_pretrained(folder).state_dict())

@@ -9,6 +9,8 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from hf_sparse.recipes.checkpoints import load_renamed_
+
 # what peft puts into the name of a module that it trains whole
 _SAVED = ".modules_to_save.default."
 
@@ -85,3 +87,15 @@ class OrderedTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # several processes share what comes in order by themselves
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed_(self.model, checkpoint)

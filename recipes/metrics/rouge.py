@@ -10,7 +10,8 @@ _KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 class Rouge(evaluate.Metric):
     """Predictions and references are strings, for "rougeLsum" with a line for each sentence.
 
-    Each is the mean F-measure, from 0 to 1, with words stemmed.
+    Each is the mean F-measure, from 0 to 1, with words stemmed. Words are of Latin letters and digits: texts in other scripts
+    score 0.
 
     Source: Lin 2004, https://aclanthology.org/W04-1013, as the package rouge-score computes it.
     """

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("evaluate", reason="the metrics need hf-sparse[recipes]")
 
+import evaluate
+
 from hf_sparse.recipes.metrics import METRICS, load_metric
 
 
@@ -38,6 +40,13 @@ def test_each_is_known_by_its_name() -> None:
         ValueError, match=r"unknown metric 'bleu'; known: accuracy, .*; one on the Hub is named as owner/name"
     ):
         load_metric("bleu")
+
+
+def test_one_of_the_hub_is_asked_for_by_its_owner_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(evaluate, "load", lambda name, **settings: asked.append((name, settings["config_name"])))
+    load_metric("owner/name", config_name="plain")
+    assert asked == [("owner/name", "plain")]
 
 
 def test_accuracy_is_the_share_that_is_right() -> None:

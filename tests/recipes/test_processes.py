@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 import hf_sparse
 from hf_sparse.console import run
 from hf_sparse.errors import LostProcessError
-from hf_sparse.recipes.command import recipe_app
+from hf_sparse.recipes.command import CONFIGS, recipe_app
 from hf_sparse.recipes.processes import telling_of_lost_processes
 from tests.ranks.learning import learn
 from tests.support.checkpoints import write_checkpoint, write_tokenizer
@@ -189,6 +189,32 @@ def test_the_printed_command_starts_two_processes(
     code, _, complained = finish(start([str(Path(sys.executable).parent / launcher), *rest, *own]), seconds=240)
     assert code == 0, complained[-4000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.several_processes
+def test_accelerate_starts_a_recipe_with_a_config_that_ships(dataset: str, tmp_path: Path) -> None:
+    model = sparse_checkpoint(tmp_path, LONGFORMER)
+    own = ["--model", model, "--dataset", dataset, "--output", str(tmp_path / "run"), "--max-steps", "2"]
+    accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(CONFIGS / "cpu.yaml")]
+    launcher = start([*accelerate, "-m", "hf_sparse.recipes.finetune", "classify", *own])
+    code, _, complained = finish(launcher, seconds=240)
+    assert code == 0, complained[-4000:]
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (found["processes"], found["runs"][0]["steps"]) == (1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.several_processes
+@pytest.mark.parametrize("packing", [True, False])
+def test_two_processes_share_a_stream(packing: bool, checkpoints: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data", plain)
+    fields = {"max_steps": 3, "save_steps": 3, "streaming": True, "packing": packing, "truncate": True}
+    held = recipe(str(checkpoints / "sparse"), data, tmp_path / "run", **fields)
+    learn_on_two(tmp_path, [{"task": "mlm", "arguments": held}])
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (found["processes"], found["runs"][0]["steps"]) == (2, 3)
+    assert all(loss > 0 for loss in found["runs"][0]["losses"])
 
 
 def _wait_for_one_that_is_gone(rank: int, folder: Path) -> None:

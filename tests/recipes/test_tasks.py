@@ -100,7 +100,7 @@ def test_a_task_has_baselines(task: str, checkpoints: Path, tmp_path: Path) -> N
         assert config.architectures[0].startswith(("Bert", "GPT2", "Bart"))
 
 
-def test_images_are_classified_beside_their_tiles(tmp_path: Path) -> None:
+def test_images_are_classified_beside_their_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
     tiny_vision_model("ViT", "ForImageClassification").save_pretrained(tmp_path / "dense")
@@ -115,6 +115,16 @@ def test_images_are_classified_beside_their_tiles(tmp_path: Path) -> None:
             Image.new("RGB", (32, 32), (shade, shade, shade)).save(folder / f"{i}.png")
     held = arguments(tmp_path, str(tmp_path / "data"), tmp_path / "run", baselines="dense", epochs=6.0)
     results = finetune("classify-images", held)
+    with monkeypatch.context() as patch:
+        break_off(patch, at=13)
+        with pytest.raises(Stopped):
+            finetune("classify-images", dataclasses.replace(held, output=str(tmp_path / "parts"), baselines=None))
+    taken = count_steps(monkeypatch)
+    again = finetune(
+        "classify-images", dataclasses.replace(held, output=str(tmp_path / "parts"), baselines=None, resume=True)
+    )
+    assert taken == list(range(12, 24))
+    assert again["runs"][0]["losses"] == results["runs"][0]["losses"]
     assert [run["model"] for run in results["runs"]] == ["sparse", "truncated", "chunks"]
     for run in results["runs"]:
         assert run["metrics"]["accuracy"] == 1.0

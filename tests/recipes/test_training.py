@@ -75,6 +75,8 @@ def test_each_seed_is_a_run_of_its_own(checkpoints: Path, things: str, tmp_path:
     assert first["losses"] != second["losses"]
     # eight documents of sixteen, four at a time
     assert (found["splits"]["train"], first["steps"]) == (8, 2)
+    # TensorBoard finds them side by side
+    assert all(list(Path(run["folder"]).rglob("events.out.tfevents.*")) for run in found["runs"])
 
 
 def test_packed_documents_read_themselves_and_each_has_a_global_token(checkpoints: Path) -> None:
