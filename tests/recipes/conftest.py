@@ -9,7 +9,7 @@ import pytest
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with "sparse", "dense" and the same of GPT-2 and BART ("gpt2-", "bart-")."""
     pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
-    from tests.support.recipes import write_checkpoints
+    from tests.recipe_cases import write_checkpoints
 
     folder = tmp_path_factory.mktemp("models")
     write_checkpoints(folder)

@@ -27,7 +27,7 @@ from hf_sparse.recipes.tasks.retrieve import Retrieval
 from hf_sparse.recipes.tasks.summarize import Summarization
 from hf_sparse.recipes.tasks.tag import Tagging
 from hf_sparse.recipes.training import _judged, _validated
-from tests.support.recipes import arguments, asked, passage, write
+from tests.recipe_cases import arguments, asked, passage, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = RecipeArguments("model", "data", "out")

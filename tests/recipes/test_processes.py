@@ -25,10 +25,10 @@ from hf_sparse.errors import LostProcessError
 from hf_sparse.recipes.command import CONFIGS, recipe_app
 from hf_sparse.recipes.processes import telling_of_lost_processes
 from tests.ranks.learning import learn
+from tests.recipe_cases import plain, searched, tagged, write
 from tests.support.checkpoints import write_checkpoint, write_tokenizer
 from tests.support.documents import write_labelled
 from tests.support.ranks import ON_TWO, finish, run_on_two, start
-from tests.support.recipes import plain, searched, tagged, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"train": 16, "validation": 4, "test": 4}

@@ -17,9 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 import hf_sparse
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.finetune import finetune
-from tests.support.checkpoints import write_image_processor
-from tests.support.models import tiny_vision_model
-from tests.support.recipes import (
+from tests.recipe_cases import (
     FAMILIES,
     LENGTH,
     SIZES,
@@ -33,6 +31,8 @@ from tests.support.recipes import (
     plain,
     write,
 )
+from tests.support.checkpoints import write_image_processor
+from tests.support.models import tiny_vision_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,7 +26,7 @@ from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.tasks.distill import Distillation
 from hf_sparse.recipes.tasks.language import Masked
 from hf_sparse.recipes.training import _training_arguments
-from tests.support.recipes import (
+from tests.recipe_cases import (
     LENGTH,
     Stopped,
     arguments,
