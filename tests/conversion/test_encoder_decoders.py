@@ -17,6 +17,7 @@ from tests.support import rules
 from tests.support.checkpoints import tree
 from tests.support.decoders import allowed_pairs, tiny_decoder, tiny_prompts, train_two_steps
 from tests.support.rounding import assert_within_rounding
+from tests.support.zoo import tiny_of_type
 
 BAND = hf_sparse.pattern("band", radius=4)
 LONGFORMER = hf_sparse.pattern("longformer", window=8, global_tokens=(0,))
@@ -187,10 +188,14 @@ def test_a_decoder_that_would_read_nothing_is_refused(tmp_path: Path) -> None:
     hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", alone | BAND)
 
 
-def test_nodes_that_are_no_tokens_are_refused(tmp_path: Path) -> None:
+def test_nodes_stand_in_the_encoder_where_something_stands_before_its_layers(tmp_path: Path) -> None:
     write_bart(tmp_path / "dense")
+    report = hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", hf_sparse.pattern("etc"))
+    assert report.layers == {"decoder.0": "dense", "decoder.1": "dense"}
+    assert "model.encoder.sparse_nodes.weight" in load_file(tmp_path / "sparse/model.safetensors")
+    tiny_of_type("pegasus").save_pretrained(tmp_path / "pegasus")
     with pytest.raises(hf_sparse.UnsupportedModelError, match="no embeddings that nodes could be put behind"):
-        hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", hf_sparse.pattern("etc"))
+        hf_sparse.convert(tmp_path / "pegasus", tmp_path / "other", hf_sparse.pattern("etc"))
 
 
 @pytest.mark.filterwarnings("ignore:attn_implementation=.hf_sparse.band. lasts for this process only")
