@@ -103,17 +103,16 @@ def is_foreign(path: PurePosixPath, inner: PurePosixPath) -> bool:
         path: of the file.
         inner: folder of the transformer.
     """
-    is_beside = path.parent in (inner, PurePosixPath())
-    return _foreign_folder(path) is not None or (is_beside and _matches(path.name, _FOREIGN_FILES))
+    return _foreign_folder(path) is not None or (_is_beside(path, inner) and _matches(path.name, _FOREIGN_FILES))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is_beside(path: PurePosixPath, checkpoint: Checkpoint) -> bool:
+def _is_beside(path: PurePosixPath, inner: PurePosixPath) -> bool:
     """Say whether a file lies in the transformer's folder or at the top: other modules' weights are their own."""
-    return path.parent in (PurePosixPath(checkpoint.inner), PurePosixPath())
+    return path.parent in (inner, PurePosixPath())
 
 
 def _rewritten(
@@ -127,7 +126,7 @@ def _rewritten(
     for path in carried:
         raise_limits = _editor(path.name)
         is_images = path == inner / "preprocessor_config.json" and target.image_size is not None
-        if not is_images and (raise_limits is None or not _is_beside(path, checkpoint)):
+        if not is_images and (raise_limits is None or not _is_beside(path, inner)):
             continue
         held = read_json(checkpoint.root / path)
         before = json.dumps(held)

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.integration.families import family_of
-from hf_sparse.integration.hub import check_account
+from hf_sparse.integration.hub import check_account, clean_token
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import read_splits, some_of
 from hf_sparse.recipes.hub import push_run
@@ -43,6 +43,8 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
         FailedRunError: if a run failed on the way.
     """
     arguments = arguments.for_task(name)
+    # models and datasets may be the Hub's
+    clean_token(None)
     readers = _readers(name, arguments)
     folder = Path(arguments.output)
     pushes = arguments.push_to_hub is not None and is_first_process()

@@ -59,7 +59,7 @@ EXPERIMENTS = {
         "CUAD, 33 clauses of contracts",
         {"label_column": "labels", "train_size": 120, "learning_rate": 2e-5, "head_learning_rate": 6e-2},
     ),
-    # the better of 1e-4 and 3e-4, likewise, by mean reciprocal rank after two epochs; one takes three runs of each to two hours
+    # the better of 1e-4 and 3e-4, likewise, by mean reciprocal rank, there after two epochs
     "qmsum": Experiment(
         "retrieve",
         "QMSum, the meeting that a query is about",

@@ -1,11 +1,10 @@
 """Pushing to the Hub, and what its errors mean."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub import CommitInfo, HfApi, constants, get_token
 
 from hf_sparse.errors import PushError
 
@@ -24,9 +23,9 @@ def clean_token(token: str | bool | None) -> str | bool | None:
     """Return a token without the line break behind it.
 
     Raises:
-        ValueError: if it, or the one of the environment, holds what no token does: the client's error would repeat it.
+        ValueError: if it, or the one that was logged in with, holds what no token does: the client's error would repeat it.
     """
-    held = os.environ.get("HF_TOKEN", "") if token in (None, True) else token
+    held = get_token() if token in (None, True) else token
     if isinstance(held, str) and held.strip() and not _TOKEN.fullmatch(held.strip()):
         raise ValueError(
             "the token for the Hub holds characters that no token has, such as a break in its middle; copy it anew "

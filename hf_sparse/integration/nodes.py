@@ -59,7 +59,7 @@ class Nodes(nn.Module):
             base: gets tokens and gives hidden states.
             embeddings: behind which the nodes are put.
             layers: what runs them all, or the base model itself where nothing else reads them; None where that is not known.
-            decoder: reads what the base model gives; None where there is none.
+            decoder: reads the nodes in what the base model gives; None where none does.
 
         Raises:
             UnsupportedModelError: if the first node is to be pooled and it is not known where the layers end.
@@ -74,7 +74,7 @@ class Nodes(nn.Module):
         base.register_forward_pre_hook(self._keep_given, with_kwargs=True)
         embeddings.register_forward_hook(self._append)
         base.register_forward_hook(self._take_off, always_call=True)
-        if self.is_read and decoder is not None:
+        if decoder is not None:
             decoder.register_forward_pre_hook(self._let_read, with_kwargs=True)
 
     def forward(
@@ -261,10 +261,11 @@ def add_nodes(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(base).__name__} has no embeddings that nodes could be put behind, which pattern {pattern.key!r} needs"
         )
-    weight, is_read = next(base.parameters()), decoder is not None and pattern.decoder_reads_nodes
-    nodes = Nodes(pattern, base.config.hidden_size, is_read=is_read).to(device=weight.device, dtype=weight.dtype)
+    weight, reader = next(base.parameters()), decoder if pattern.decoder_reads_nodes else None
+    nodes = Nodes(pattern, base.config.hidden_size, is_read=reader is not None)
+    nodes.to(device=weight.device, dtype=weight.dtype)
     layers = getattr(base, "encoder", None) or getattr(base, "transformer", None) if decoder is None else base
-    nodes.hook(base, embeddings, layers, decoder)
+    nodes.hook(base, embeddings, layers, reader)
     base.sparse_nodes = nodes
 
 

@@ -187,9 +187,10 @@ def sparse_config(
         UnsupportedModelError: if the model type cannot be made sparse.
         ValueError: if ``max_length``, ``image_size`` or ``positions`` does not fit the checkpoint.
     """
-    if "token" in kwargs:
-        kwargs["token"] = clean_token(kwargs["token"])
-    dense = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, **kwargs)
+    if isinstance(source, PreTrainedConfig):
+        dense = source
+    else:
+        dense = AutoConfig.from_pretrained(source, **{**kwargs, "token": clean_token(kwargs.get("token"))})
     entry = make_entry(pattern, layers)
     if getattr(dense, "sparse_attention", None) is not None:
         raise ValueError("the source is sparse already; load it, or use sparsify_ to give it another pattern")

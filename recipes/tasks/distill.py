@@ -64,7 +64,7 @@ class DistillationTrainer(OrderedTrainer):
         steps = self.args.max_steps if self.args.max_steps > 0 else self.state.max_steps
         is_short = self.state.global_step < self.task.arguments.short_share * steps
         held = self.task.shortened(inputs) if is_short else inputs
-        loss = self.task.loss(model, self.teacher, held, is_training=model.training)
+        loss = self.task.loss(model, self.teacher, held)
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -147,12 +147,12 @@ class Distillation(Task):
         """Return a batch whose rows are cut at the dense model's length."""
         return {name: held[:, : self._length] for name, held in batch.items()}
 
-    def loss(self, model: Any, teacher: Any, batch: dict[str, Tensor], *, is_training: bool = False) -> Tensor:
+    def loss(self, model: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
         """Return the divergence of a batch, and what is added of hidden states and attention outputs."""
         arguments = self.arguments
         mine, theirs, real = self._both(model, teacher, batch)
         found = self._divergences(mine.logits, theirs.logits, real)
-        loss = mean_of_all(found.sum(), real.sum(), is_training=is_training)
+        loss = mean_of_all(found.sum(), real.sum(), is_training=model.training)
         for weight, pairs in (
             (arguments.hidden, zip(mine.hidden, theirs.hidden, strict=True)),
             (arguments.attention, zip(mine.attention, theirs.attention, strict=True)),

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 import hf_sparse
 from hf_sparse.errors import ConversionError
 from tests.support.checkpoints import write_checkpoint
+from tests.support.decoders import BART
 from tests.support.lsg_rules import decoded_by_lsg, read_by_lsg
 from tests.support.models import tiny_batch
 
@@ -30,17 +31,6 @@ LSG: dict[str, Any] = {
     "sparse_block_size": 8,
     "sparsity_factor": 2,
     "sparsity_type": "norm",
-}
-# of encoder-decoders
-BART: dict[str, Any] = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 37,
-    "decoder_ffn_dim": 37,
-    "init_std": 0.2,
 }
 SIZES: dict[str, dict[str, Any]] = {
     "Albert": {"embedding_size": 24, "num_hidden_groups": 2},
@@ -174,7 +164,7 @@ def test_a_mask_has_room_for_the_nodes_and_for_nothing_else(tmp_path: Path) -> N
 
 
 def test_beams_read_the_global_tokens_too(tmp_path: Path) -> None:
-    write_lsg(tmp_path / "lsg", "Bart", "ForConditionalGeneration", forced_eos_token_id=None)
+    write_lsg(tmp_path / "lsg", "Bart", "ForConditionalGeneration")
     hf_sparse.convert(tmp_path / "lsg", tmp_path / "sparse")
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sparse").eval()
     batch = tiny_batch(90, padding=23)

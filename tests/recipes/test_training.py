@@ -181,6 +181,15 @@ def test_a_run_that_diverges_says_so(checkpoints: Path, things: str, tmp_path: P
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+def test_a_token_that_is_none_is_not_sent(
+    checkpoints: Path, things: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRET\x0bmore")
+    with pytest.raises(ValueError, match="the token for the Hub holds characters that no token has") as caught:
+        finetune("classify", arguments(checkpoints, things, tmp_path / "run"))
+    assert "SECRET" not in str(caught.value)
+
+
 def test_results_need_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.shutil, "which", lambda name: None)
     assert results.surroundings()["commit"] is None

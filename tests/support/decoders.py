@@ -19,20 +19,21 @@ _ROTARY = {
     "head_dim": 8,
     "intermediate_size": 37,
 }
+BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 37,
+    "init_std": 0.2,
+    "dropout": 0.0,
+    "forced_eos_token_id": None,
+}
 _FIELDS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "Bart": {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 37,
-        "decoder_ffn_dim": 37,
-        "init_std": 0.2,
-        "dropout": 0.0,
-        "forced_eos_token_id": None,
-    },
+    "Bart": BART,
     "GPTNeoX": {
         "hidden_size": 32,
         "num_hidden_layers": 2,
