@@ -20,6 +20,7 @@ TASKS_OF = {
     "truncate": _TEXTS,
     "baselines": (*_TEXTS, "classify-images"),
     "max_summary_length": ("summarize",),
+    "metric": ("classify", "classify-images", "answer", "tag", "summarize", "retrieve"),
     "head_learning_rate": ("classify", "classify-images", "answer", "tag"),
     "packing": ("mlm", "clm"),
     "streaming": ("mlm", "clm", "distill"),
@@ -87,6 +88,10 @@ class RecipeArguments:
     save_steps: int = _field(0, "Steps from one evaluation and checkpoint to the next; 0 is an epoch.")
     baselines: str | None = _field(
         None, "A dense checkpoint to train beside it: on documents cut to its length, and on chunks of that length."
+    )
+    metric: str | None = _field(
+        None,
+        "One more metric to be judged by: its id on the Hub, owner/name, or the path of a script; its code is run.",
     )
     max_summary_length: int = _field(128, "Longest summary, in tokens.")
     packing: bool = _field(True, "Join documents and cut them at the longest length, without reading across.")

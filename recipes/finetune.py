@@ -19,6 +19,7 @@ from hf_sparse.integration.hub import check_account, clean_token
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import read_splits, some_of
 from hf_sparse.recipes.hub import push_run
+from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.processes import telling_of_lost_processes
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.results import write_results
@@ -46,6 +47,7 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     # models and datasets may be the Hub's
     clean_token(None)
     readers = _readers(name, arguments)
+    _check_metric(arguments)
     folder = Path(arguments.output)
     pushes = arguments.push_to_hub is not None and is_first_process()
     if pushes:
@@ -144,6 +146,16 @@ def _config(source: str) -> Any:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{source!r} cannot be loaded: {error}") from error
+
+
+def _check_metric(arguments: RecipeArguments) -> None:
+    """Check before anything is trained that the metric that was asked for is there, and can be computed."""
+    if arguments.metric is None:
+        return
+    try:
+        load_metric(arguments.metric)
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"--metric {arguments.metric} cannot be loaded: {error}") from error
 
 
 def _check_folder(folder: Path, wanted: dict[str, Any], arguments: RecipeArguments) -> None:

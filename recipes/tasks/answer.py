@@ -11,7 +11,6 @@ from transformers import AutoModelForQuestionAnswering
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed
 
@@ -83,7 +82,7 @@ class Answering(Task):
             for starts, ends, row, text in zip(*predictions[:2], rows, split[context], strict=True)
         ]
         wanted = [answer["text"] for answer in split[answers]]
-        return dict(load_metric("question_answering").compute(predictions=said, references=wanted))
+        return self.scores("question_answering", said, wanted)
 
     def _said(
         self, starts: np.ndarray, ends: np.ndarray, is_context: list[int], offsets: list[list[int]], text: str

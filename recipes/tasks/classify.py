@@ -130,10 +130,9 @@ class Classification(Task):
         if not self.is_multilabel:
             said = predictions.argmax(1)
             found = load_metric("accuracy").compute(predictions=said, references=labels)
-            return {**found, **load_metric("f1").compute(predictions=said, references=labels)}
+            return {**found, **self.scores("f1", said, labels)}
         said = (_chances(predictions) >= self.threshold).astype(int)
-        found = load_metric("f1", config_name="multilabel").compute(predictions=said, references=labels.astype(int))
-        return dict(found)
+        return self.scores("f1", said, labels.astype(int), config_name="multilabel")
 
     def details(self) -> dict[str, Any]:
         return {"threshold": self.threshold} if self.is_multilabel else {}

@@ -1,6 +1,8 @@
 """What every task has in common: which columns it reads, its head, its batches, and how it is judged."""
 
 from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +16,7 @@ from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.sentences import sentence_ids
 from hf_sparse.patterns import Pattern
 from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading, pad
 
@@ -163,6 +166,22 @@ class Task:
     def metrics(self, predictions: Any, labels: np.ndarray, kind: str) -> dict[str, float]:
         """Return the metrics of what was predicted for a split, in its order."""
         raise NotImplementedError
+
+    def scores(self, name: str, predictions: Any, references: Any, **settings: Any) -> dict[str, float]:
+        """Return one of our metrics, and the numbers of the one that was asked for beside it, called after it.
+
+        Args:
+            name: of ours.
+            predictions: of both.
+            references: of both.
+            settings: of ours.
+        """
+        found = dict(load_metric(name, **settings).compute(predictions=predictions, references=references))
+        if self.arguments.metric is None:
+            return found
+        more = load_metric(self.arguments.metric).compute(predictions=predictions, references=references)
+        own = Path(self.arguments.metric).stem
+        return {**found, **{f"{own}_{key}": float(value) for key, value in more.items() if isinstance(value, Real)}}
 
     def details(self) -> dict[str, Any]:
         """Return what else is to be known of a run."""

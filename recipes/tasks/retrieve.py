@@ -14,7 +14,6 @@ from transformers import AutoModel
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.documents import values_of
-from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.processes import count_processes, mean_of_all
 from hf_sparse.recipes.reading import Reading, pad, tokenize
@@ -132,7 +131,7 @@ class Retrieval(Task):
         for i, (held, count) in enumerate(zip(predictions, labels, strict=True)):
             scores += list(held[1 : 1 + count] @ predictions[:, 0].T)
             references += [i] * int(count)
-        return dict(load_metric("retrieval").compute(predictions=scores, references=references))
+        return self.scores("retrieval", scores, references)
 
 
 def vectors_of(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer,
 
 from hf_sparse.integration.families import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading, pad, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed
@@ -69,4 +68,4 @@ class Summarization(Task):
         """Return ROUGE, given generated ids, filled up with -100."""
         ids = np.where(predictions == _IGNORED, self._tokenizer.pad_token_id, predictions)
         said = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return dict(load_metric("rouge").compute(predictions=said, references=self._wanted[kind]))
+        return self.scores("rouge", said, self._wanted[kind])

@@ -10,7 +10,6 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.metrics.entity_f1 import entities
 from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.processes import mean_of_all
@@ -133,4 +132,4 @@ class Tagging(Task):
             for word, number in zip(read, row[: len(there)][there != NO_TAG], strict=True):
                 found[word] = self.names[number]
             said.append(found)
-        return dict(load_metric("entity_f1").compute(predictions=said, references=self._tags[kind]))
+        return self.scores("entity_f1", said, self._tags[kind])

@@ -1,6 +1,7 @@
 """What runs are judged by: the right rows, all of the text, and what was chosen on the validation split alone."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,3 +281,28 @@ def test_several_seeds_have_a_mean_and_its_interval() -> None:
     runs = [{**run, "metrics": {"f1": value}} for value in (0.1, 0.2, 0.6)]
     line = table({"runs": runs, "models": {"sparse": {"title": "mine"}}})[-1]
     assert line == f"| mine | 0.3000 ± {half:.4f} | 1 |  | 3 |"
+
+
+SCRIPT = """
+import datasets
+import evaluate
+
+
+class Sizes(evaluate.Metric):
+    def _info(self):
+        one = datasets.Value("int64")
+        return evaluate.MetricInfo("", "", datasets.Features({"predictions": one, "references": one}))
+
+    def _compute(self, predictions, references):
+        return {"zeros": predictions.count(0), "accuracy": sum(references) / 8, "each": predictions}
+"""
+
+
+def test_a_metric_that_is_asked_for_stands_beside_ours(tmp_path: Path) -> None:
+    path = tmp_path / "sizes.py"
+    path.write_text(SCRIPT)
+    task = Classification(splits_of(text=["x"] * 4, label=[0, 1, 1, 1]), replace(HELD, metric=str(path)))
+    logits = np.array([[3.0, 1.0], [2.0, 0.0], [0.0, 2.0], [5.0, 1.0]])
+    found = task.metrics(logits, np.array([0, 1, 1, 1]), "test")
+    # numbers alone
+    assert found == {"accuracy": 0.5, "f1_micro": 0.5, "f1_macro": 0.5, "sizes_zeros": 3.0, "sizes_accuracy": 0.375}

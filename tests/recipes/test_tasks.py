@@ -221,6 +221,9 @@ def test_what_a_task_cannot_use_is_refused(checkpoints: Path, tmp_path: Path) ->
 
     refused("classify", "--teacher is of distill; classify has no use for it", teacher="dense")
     refused("classify", "--packing is of mlm, clm; classify has no use for it", packing=False)
+    refused("mlm", "--metric is of classify, .*; mlm has no use for it", metric="owner/name")
+    refused("classify", "--metric bleu cannot be loaded: unknown metric 'bleu'; known: .*", metric="bleu")
+    refused("classify", "--metric ./no.py cannot be loaded: Couldn't find a metric script", metric="./no.py")
     refused("classify", "--baselines names .*, which is sparse; name the dense checkpoint", baselines="sparse")
     refused("distill", "distill needs the dense checkpoint that the model was converted from: --teacher")
     refused("distill", "--teacher names .*, which is sparse", teacher="sparse")
