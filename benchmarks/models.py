@@ -208,11 +208,24 @@ def in_tree_bigbird(model: Any) -> Any:
     return _filled(BigBirdModel(config, add_pooling_layer=False), model.state_dict())
 
 
+class _OwnValues(torch.autograd.Function):
+    """Attention that takes no time; queries and keys get a gradient all the same, so that their projections have their work."""
+
+    @staticmethod
+    def forward(_ctx: Any, _query: Tensor, _key: Tensor, value: Tensor) -> Tensor:
+        return value.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad = grad.transpose(1, 2)
+        return grad, grad, grad
+
+
 def without_attention(model: Any) -> Any:
     """Return a model whose attention gives each token its own value: what free attention would cost."""
 
-    def give_values(_module: nn.Module, _query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        return value.transpose(1, 2).contiguous(), None
+    def give_values(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        return _OwnValues.apply(query, key, value), None
 
     AttentionInterface.register(FREE, give_values)
     AttentionMaskInterface.register(FREE, lambda **_: None)

@@ -46,8 +46,8 @@ on a GPU. A cell says how many times faster than dense attention (torch's `scale
 is, and in brackets its *efficiency*: edge density times dense time over our time, which is 1 where an edge
 costs what it costs in dense attention. Density counts each edge once, rows and columns of global tokens
 included; edges of nodes that are no tokens too, over N x N. Where dense attention was not run a cell gives the
-time instead. *Attention removed* is the same model in which every token takes its own value: no attention can
-make the model faster than that.
+time instead. *Attention removed* is the same model in which every token takes its own value, and queries, keys
+and values get their gradient for nothing: no attention can make the model faster than that.
 """
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.backends.dense import dense_attention, draw_edges, draw_labels, every_pair_attention
+from hf_sparse.backends.dense import dense_attention, draw_edges, draw_labels, takes_mask, torch_attention
 from hf_sparse.backends.dropout import draw_words
 from hf_sparse.backends.gather import gather_attention
 from hf_sparse.choice import BACKENDS, choose_backend, cuda_backend
@@ -147,19 +147,21 @@ def sparse_attention(
         )
         out, lse = content_attention(query, key, value, pattern, call)
         return (out, lse) if return_lse else out
-    scope = Scope(key.shape[2], query.shape[1], layer, is_causal, head_offset, num_heads)
+    own_layer = layer if pattern.varies_by_layer else 0
+    scope = Scope(key.shape[2], query.shape[1], own_layer, is_causal, head_offset, num_heads)
     choice = choose_backend(
         backend,
         pattern,
         scope,
         query.device.type,
         can_flex=query.dtype != torch.float64 and min(query.shape[3], value.shape[3]) >= 16,
+        can_mask=takes_mask(query, key, value),
         terms=terms.names,
         is_plain=query.shape[2] == key.shape[2] and not return_lse and all(other is None for other in others),
         dropout=dropout,
     )
     if choice.backend == "sdpa":
-        return every_pair_attention(query, key, value, is_causal=is_causal, scale=scale, dropout=dropout)
+        return torch_attention(query, key, value, choice.mask, is_causal=is_causal, scale=scale, dropout=dropout)
     held = None if pattern.reads_padding else key_padding_mask
     positions = _positions(query, key, held, document_ids, query_positions, key_positions)
     masks = (key_padding_mask, global_mask, document_ids, *positions)

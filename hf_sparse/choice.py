@@ -14,6 +14,8 @@ from hf_sparse.backends.gather import cached_plan
 from hf_sparse.cutter import covers_all
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern, parts_of
+from hf_sparse.plan import MOST_WHOLE
+from hf_sparse.tiles import Mask
 
 BACKENDS = ("auto", "dense", "gather", "flex", "varlen")
 logger = logging.getLogger("hf_sparse")
@@ -24,12 +26,14 @@ class Choice:
     """What runs a call.
 
     Attributes:
-        backend: "gather", "dense", or "sdpa": torch's dense attention as it is, where the pattern allows every pair.
+        backend: "gather", "dense", or "sdpa": torch's dense attention, under the pattern's mask unless it allows every pair.
         reason: why, in a few words.
+        mask: the pattern's, for "sdpa".
     """
 
     backend: str
     reason: str
+    mask: Mask | None = None
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -68,16 +72,16 @@ def explain(
         raise ValueError(f"n and heads must be at least 1, got n={n}, heads={heads}")
     if pattern.is_content_based:
         return Choice("gather", "blocks of tokens that are found by content, put back and merged")
-    scope = Scope(n, heads, layer, is_causal, nodes=pattern.num_nodes(n))
-    choice = choose_backend("auto", pattern, scope, device, can_flex=True, is_plain=True, dropout=dropout)
+    scope = Scope(n, heads, layer if pattern.varies_by_layer else 0, is_causal, nodes=pattern.num_nodes(n))
+    choice = choose_backend(
+        "auto", pattern, scope, device, can_flex=True, can_mask=True, is_plain=True, dropout=dropout
+    )
     if choice.backend != "gather":
         return choice
     plan = cached_plan(pattern, scope, None, (), "all", True)
     scores, _, calls = plan.count_work()
     if plan.is_whole:
-        return Choice(
-            "gather", f"one call over {n} x {n} pairs under the pattern's mask, faster than blocks at this length"
-        )
+        return Choice("gather", _under_mask(n))
     return Choice("gather", f"{calls} calls over blocks that compute {scores / (heads * n * n):.2%} of all pairs")
 
 
@@ -88,6 +92,7 @@ def choose_backend(
     device: str,
     *,
     can_flex: bool,
+    can_mask: bool = False,
     terms: tuple[str, ...] = (),
     is_plain: bool,
     dropout: float,
@@ -100,6 +105,7 @@ def choose_backend(
         scope: of a sequence as long as the keys.
         device: type of the device the tensors are on.
         can_flex: whether dtype and widths suit the kernel of "flex".
+        can_mask: whether shapes and dtype suit torch's fused kernel under a mask.
         terms: names of the terms of the scores that are given; see ``ScoreTerms``.
         is_plain: whether there is nothing but query, key and value of one length: no masks, positions or weights of the
             pattern, and no logsumexp wanted.
@@ -118,20 +124,17 @@ def choose_backend(
     if asked != "auto":
         return Choice(asked, "it was asked for")
     choice = Choice("gather", "blocks of queries beside blocks of keys")
+    # dense attention with dropout is slow on a CPU
+    can_be_whole = is_plain and not terms and not (dropout and device == "cpu") and not pattern.has_nodes
     if only_dense:
         choice = Choice("dense", f"only it serves {', '.join(only_dense)}")
     elif torch.compiler.is_compiling():
         # a compiled call serves every length with one graph, so nothing may depend on the length here
         return choice
-    # dense attention with dropout is slow on a CPU
-    elif (
-        is_plain
-        and not terms
-        and not (dropout and device == "cpu")
-        and not pattern.has_nodes
-        and _allows_every_pair(pattern, scope)
-    ):
+    elif can_be_whole and _allows_every_pair(pattern, scope):
         choice = Choice("sdpa", f"the pattern allows every pair of {scope.length} tokens")
+    elif can_be_whole and can_mask and (mask := _whole_mask(pattern, scope)) is not None:
+        choice = Choice("sdpa", _under_mask(scope.length), mask)
     elif (
         device == "cuda"
         and can_flex
@@ -142,6 +145,10 @@ def choose_backend(
         choice = Choice("flex", "one fused kernel over the blocks that are read")
     logger.debug("%s of %d tokens: %s", pattern.key, scope.length, choice)
     return choice
+
+
+def _under_mask(n: int) -> str:
+    return f"one call over {n} x {n} pairs under the pattern's mask, faster than blocks at this length"
 
 
 def cuda_backend(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -155,8 +162,26 @@ def cuda_backend(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return varlen_window_attention
 
 
+def _whole_mask(pattern: Pattern, scope: Scope) -> Mask | None:
+    """Return the mask of all heads under which torch's own attention is faster on a CPU than blocks; None where it is not."""
+    if scope.length > MOST_WHOLE:
+        return None
+    plan = cached_plan(pattern, scope, None, (), "all", True)
+    # heads that differ have a mask each: together too large to be kept in the dtype that torch wants
+    if not plan.is_whole or len(plan.groups) > 1:
+        return None
+    mask = plan.groups[0].work[0].mask
+    return None if mask is None or mask.is_compact or mask.empty_rows is not None else mask
+
+
 @functools.lru_cache(maxsize=256)
 def _allows_every_pair(pattern: Pattern, scope: Scope) -> bool:
     full = [part.heads for part in parts_of(pattern, scope) if covers_all(part, scope)]
     served = frozenset().union(*(range(scope.heads) if heads is None else heads for heads in full))
-    return len(served) == scope.heads
+    if len(served) == scope.heads:
+        return True
+    if scope.length > MOST_WHOLE:
+        return False
+    # parts that allow every pair together
+    plan = cached_plan(pattern, scope, None, (), "all", True)
+    return plan.is_whole and all(work.mask is None for group in plan.groups for work in group.work)

@@ -136,7 +136,10 @@ class FewRows:
         rows, row_lse = self._rows(seed, scale=scale, dropout=dropout)
         rows = torch.where(is_own[..., None], self.state.finish(rows).to(out.dtype), out[:, :, at])
         row_lse = torch.where(is_own, row_lse.to(lse.dtype), lse[:, :, at])
-        return out.index_copy(2, at, rows), lse.index_copy(2, at, row_lse)
+        if out.requires_grad or rows.requires_grad:
+            return out.index_copy(2, at, rows), lse.index_copy(2, at, row_lse)
+        # nobody else holds them
+        return out.index_copy_(2, at, rows), lse.index_copy_(2, at, row_lse)
 
     def _mask(self, device: torch.device) -> Tensor:
         """Return bool ``[B, H, g, S]``: what each row reads."""

@@ -68,9 +68,11 @@ def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, 
 
 # the longest sequence that may run whole
 MOST_WHOLE = 1024
-# measured on two CPU cores, in scores of dense attention: a score of a whole sequence under its mask, of blocks that lie beside
-# the query, of blocks named by index; and a call. `make bench` shows what comes of it.
-WHOLE_COST, SCORE_COST, GATHER_COST, CALL_COST = 1.15, 1.3, 2.2, 60_000
+# measured on two CPU cores, in scores of dense attention: a score of a whole sequence under the mask of all heads, and under
+# one of each head; of blocks that lie beside the query, and of blocks named by index; what else a query of a head, a call, and
+# all of them together take. `make bench` shows what comes of it.
+WHOLE_COST, WHOLE_COST_BY_HEAD = 1.07, 1.25
+SCORE_COST, GATHER_COST, QUERY_COST, CALL_COST, OUTER_COST = 1.25, 1.9, 220, 10_000, 150_000
 
 
 def is_faster_whole(plan: Plan, heads: int) -> bool:
@@ -78,8 +80,10 @@ def is_faster_whole(plan: Plan, heads: int) -> bool:
     if plan.length > MOST_WHOLE:
         return False
     scores, gathered, calls = plan.count_work()
-    cost = SCORE_COST * (scores - gathered) + GATHER_COST * gathered + CALL_COST * calls
-    return WHOLE_COST * heads * plan.length**2 < cost
+    cost = SCORE_COST * (scores - gathered) + GATHER_COST * gathered + CALL_COST * calls + OUTER_COST
+    cost += QUERY_COST * heads * plan.length
+    whole = WHOLE_COST_BY_HEAD if plan.differs_by_head else WHOLE_COST
+    return whole * heads * plan.length**2 < cost
 
 
 def _by_parts(parts: Sequence[Part], heads: int) -> list[tuple[list[Part], tuple[int, ...]]]:

@@ -201,6 +201,30 @@ class Plan:
             isinstance(work, Tile) and (work.q, work.k) == (everything, everything) for work in works
         )
 
+    @property
+    def differs_by_head(self) -> bool:
+        """Whether heads read other keys than one another."""
+        return len(self.groups) > 1 or any(
+            isinstance(work, Gather) and len(work.heads) < len(group.heads)
+            for group in self.groups
+            for work in group.work
+        )
+
+    @functools.cached_property
+    def writes_all(self) -> bool:
+        """Whether all queries of all heads are written, whatever stood there: by a first tile, or as no real token."""
+        position = torch.arange(self.length)
+        for group in self.groups:
+            written = torch.zeros(len(group.heads), self.length, dtype=torch.bool)
+            written[:, group.invalid] = True
+            for work in group.work:
+                if work.is_first:
+                    heads = work.heads if isinstance(work, Gather) else range(len(group.heads))
+                    written[torch.tensor(heads)[:, None], _queries(work, position).flatten()] = True
+            if not written.all():
+                return False
+        return True
+
     def count_work(self) -> tuple[int, int, int]:
         """Return the scores computed for one row, those among them of keys named by index, and about the kernel calls."""
         scores = gathered = calls = 0
@@ -217,6 +241,16 @@ class Plan:
         return sum(_count_group(group, self.length) for group in self.groups)
 
 
+def _queries(work: Work, position: Tensor) -> Tensor:
+    """Return the positions of queries: of a tile in a row, else ``[blocks, block]``."""
+    if isinstance(work, Tile):
+        return position[work.q]
+    if isinstance(work, Run):
+        held = position[work.offset :: work.step][work.first : work.first + work.blocks * work.block]
+        return held.view(work.blocks, work.block)
+    return position[work.first : work.first + len(work.index) * work.block].view(len(work.index), work.block)
+
+
 def _count_group(group: Group, length: int) -> int:
     """Return the edges of a group: what row tiles overwrite counts in the row tiles alone."""
     position = torch.arange(length)
@@ -226,14 +260,12 @@ def _count_group(group: Group, length: int) -> int:
     is_invalid[group.invalid] = True
     total = 0
     for work in group.work:
+        q = _queries(work, position)
         if isinstance(work, Tile):
-            q, keys = position[work.q], len(position[work.k])
-            heads = len(group.heads)
+            keys, heads = len(position[work.k]), len(group.heads)
         elif isinstance(work, Run):
-            q = position[work.offset :: work.step][work.first : work.first + work.blocks * work.block]
-            q, keys, heads = q.view(work.blocks, work.block), work.width, len(group.heads)
+            keys, heads = work.width, len(group.heads)
         else:
-            q = position[work.first : work.first + len(work.index) * work.block].view(len(work.index), work.block)
             keys, heads = work.index.shape[1] * work.unit, len(work.heads)
         read = work.mask.boolean().sum(-1) if work.mask is not None else torch.tensor(keys)
         counts = read.expand(q.shape).masked_fill(is_invalid[q], 0)

@@ -24,29 +24,39 @@ def is_whole(pattern: Pattern, n: int, heads: int = 12) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "n", "is_causal", "backend"),
+    ("pattern", "n", "is_causal", "backend", "is_masked"),
     [
-        (LONGFORMER, 257, False, "sdpa"),
-        (LONGFORMER, 258, False, "gather"),
-        (hf_sparse.pattern("band", radius=1499), 1500, False, "sdpa"),
-        (hf_sparse.pattern("band", radius=1498), 1500, False, "gather"),
-        (hf_sparse.pattern("band", radius=1499), 1500, True, "sdpa"),
-        (hf_sparse.pattern("block_local", block_size=64), 64, False, "sdpa"),
-        (hf_sparse.pattern("block_local", block_size=64), 65, False, "gather"),
-        (BIGBIRD, 128, False, "sdpa"),
-        (hf_sparse.by_head({range(6): LONGFORMER, range(6, 12): BIGBIRD}), 128, False, "sdpa"),
-        (hf_sparse.by_head({range(6): LONGFORMER, range(6, 12): BIGBIRD}), 200, False, "gather"),
-        (hf_sparse.pattern("dilated", radius=64, dilation=2), 2, False, "gather"),
+        (LONGFORMER, 257, False, "sdpa", False),
+        # the last token is too far from the first one alone, which is global: all parts together allow every pair
+        (LONGFORMER, 258, False, "sdpa", False),
+        (LONGFORMER, 259, False, "sdpa", True),
+        (LONGFORMER, 1100, False, "gather", False),
+        (hf_sparse.pattern("band", radius=1499), 1500, False, "sdpa", False),
+        (hf_sparse.pattern("band", radius=1498), 1500, False, "gather", False),
+        (hf_sparse.pattern("band", radius=1499), 1500, True, "sdpa", False),
+        (hf_sparse.pattern("band", radius=200), 300, True, "sdpa", True),
+        (hf_sparse.pattern("block_local", block_size=64), 64, False, "sdpa", False),
+        (hf_sparse.pattern("block_local", block_size=64), 65, False, "sdpa", True),
+        (hf_sparse.pattern("block_local", block_size=64), 1024, False, "gather", False),
+        (BIGBIRD, 128, False, "sdpa", False),
+        (BIGBIRD, 256, False, "sdpa", False),
+        # each head has a mask of its own
+        (BIGBIRD, 512, False, "gather", False),
+        (hf_sparse.by_head({range(6): LONGFORMER, range(6, 12): BIGBIRD}), 128, False, "sdpa", False),
+        (hf_sparse.by_head({range(6): LONGFORMER, range(6, 12): BIGBIRD}), 300, False, "gather", False),
+        (hf_sparse.pattern("dilated", radius=64, dilation=2), 2, False, "sdpa", True),
     ],
 )
-def test_every_pair_goes_to_torch_and_all_else_to_gather(
-    pattern: Pattern, n: int, is_causal: bool, backend: str
+def test_short_sequences_go_to_torch_and_all_else_to_gather(
+    pattern: Pattern, n: int, is_causal: bool, backend: str, is_masked: bool
 ) -> None:
-    assert hf_sparse.explain(pattern, n, heads=12, is_causal=is_causal).backend == backend
-    allows_all = bool(
-        pattern.mask(n, heads=12, is_causal=is_causal).sum() == 12 * (n * (n + 1) // 2 if is_causal else n * n)
-    )
-    assert (backend == "sdpa") <= allows_all
+    choice = hf_sparse.explain(pattern, n, heads=12, is_causal=is_causal)
+    assert (choice.backend, choice.mask is not None) == (backend, is_masked)
+    drawn = pattern.mask(n, heads=12, is_causal=is_causal)
+    allows_all = bool(drawn.sum() == 12 * (n * (n + 1) // 2 if is_causal else n * n))
+    assert (backend == "sdpa" and not is_masked) <= allows_all
+    if choice.mask is not None:
+        assert all(torch.equal(choice.mask.boolean(), head) for head in drawn)
 
 
 def test_cuda_goes_to_the_fused_kernel_where_it_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +84,9 @@ def test_what_was_asked_for_is_not_replaced() -> None:
 
 def test_the_explanation_is_one_line_that_names_the_work() -> None:
     whole = str(hf_sparse.explain(LONGFORMER, 512, heads=12))
-    assert whole.startswith("gather: one call over 512 x 512 pairs under the pattern's mask")
+    assert whole.startswith("sdpa: one call over 512 x 512 pairs under the pattern's mask")
+    by_head = str(hf_sparse.explain(BIGBIRD, 512, heads=12))
+    assert by_head.startswith("gather: one call over 512 x 512 pairs under the pattern's mask")
     blocks = hf_sparse.explain(hf_sparse.pattern("block_local", block_size=64), 4096)
     assert "1.56% of all pairs" in blocks.reason
     assert "every pair" in hf_sparse.explain(LONGFORMER, 100).reason
@@ -85,11 +97,19 @@ def test_the_explanation_is_one_line_that_names_the_work() -> None:
 
 def test_each_call_says_at_the_debug_level_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     tensors = random_tensors(tokens=40, width=8)
+    longer = [tensor.float() for tensor in random_tensors(tokens=300, width=8)]
     with caplog.at_level(logging.DEBUG, logger="hf_sparse"):
         hf_sparse.sparse_attention(*tensors, LONGFORMER)
         hf_sparse.sparse_attention(*tensors, LONGFORMER, return_lse=True)
         hf_sparse.sparse_attention(*tensors, LONGFORMER, bias=torch.zeros(40, 40))
-    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["sdpa", "gather", "dense"]
+        hf_sparse.sparse_attention(*longer, LONGFORMER)
+        # what torch's fused kernel does not take with a mask, or would compute in half precision
+        hf_sparse.sparse_attention(longer[0], longer[1][:, :2], longer[2][:, :2], LONGFORMER)
+        hf_sparse.sparse_attention(*(tensor.bfloat16() for tensor in longer), LONGFORMER)
+        with torch.autocast("cpu", torch.bfloat16):
+            hf_sparse.sparse_attention(*longer, LONGFORMER)
+    chosen = [record.getMessage().split(": ")[1] for record in caplog.records]
+    assert chosen == ["sdpa", "gather", "dense", "sdpa", "gather", "gather", "gather"]
     assert "longformer of 40 tokens" in caplog.text
 
 
@@ -104,16 +124,23 @@ def test_every_pair_is_torch_to_the_bit(is_causal: bool, key_heads: int) -> None
         assert torch.equal(out, wanted)
 
 
-@pytest.mark.parametrize("n", [300, 512, 700, 1024])
+@pytest.mark.parametrize("n", [256, 300, 512, 700, 1024])
 @pytest.mark.parametrize("pattern", [LONGFORMER, BIGBIRD], ids=["longformer", "bigbird"])
-def test_the_choice_changes_nothing_near_the_crossover(pattern: Pattern, n: int) -> None:
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_choice_changes_nothing_near_the_crossover(
+    pattern: Pattern, n: int, is_padded: bool, is_causal: bool
+) -> None:
     tensors = random_tensors(batch=2, tokens=n, width=8)
     padding = torch.ones(2, n, dtype=torch.bool)
-    padding[1, n // 2 :] = False
+    padding[1, n // 2 :] = not is_padded
 
     def attend(backend: str) -> list[torch.Tensor]:
         return with_gradients(
-            lambda *t: hf_sparse.sparse_attention(*t, pattern, key_padding_mask=padding, backend=backend), tensors
+            lambda *t: hf_sparse.sparse_attention(
+                *t, pattern, key_padding_mask=padding, is_causal=is_causal, backend=backend
+            ),
+            tensors,
         )
 
     for actual, wanted in zip(attend("auto"), attend("gather"), strict=True):

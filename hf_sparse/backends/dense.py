@@ -11,6 +11,7 @@ from hf_sparse.backends.kernels import without_autocast
 from hf_sparse.parts import Scope, edge_mask, with_global_positions
 from hf_sparse.patterns import Pattern, pattern_from_json
 from hf_sparse.segments import Segment, find_segments, logical_length, places
+from hf_sparse.tiles import Mask
 
 
 @torch.library.custom_op("hf_sparse::edge_mask", mutates_args=())
@@ -179,16 +180,33 @@ def dense_attention(
     return out.to(query.dtype), lse.masked_fill(is_empty, float("-inf"))[..., 0]
 
 
-def every_pair_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float, dropout: float
+def takes_mask(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Say whether torch's fused CPU kernel takes them with a mask, and computes in float32 or better as we do."""
+    is_exact = query.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")
+    return query.device.type == "cpu" and is_exact and query.shape == key.shape == value.shape
+
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, *, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """Return torch's own dense attention, in the dtype given: for patterns that allow every pair."""
+    """Return torch's own dense attention, in the dtype given, under a pattern's whole mask or where it allows every pair.
+
+    Args:
+        query: float ``[B, H, N, D]``.
+        key: float ``[B, G, N, D]``; with a mask H is G.
+        value: float ``[B, G, N, Dv]``.
+        mask: of ``[N, N]``, with causality in it; None where every pair is an edge that causality leaves.
+        is_causal: whether keys ahead of the query are left out.
+        scale: factor of the scores.
+        dropout: probability of dropping an attention probability.
+    """
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
+        attn_mask=None if mask is None else mask.additive(query)[None, None],
         dropout_p=dropout,
-        is_causal=is_causal,
+        is_causal=is_causal and mask is None,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

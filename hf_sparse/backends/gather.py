@@ -92,7 +92,10 @@ def gather_attention(
     if tile is not None:
         out, lse = fused_forward(q, k, v, tile.mask, scale)
         return _laid_out(out, _by_token(query, value.shape[3])), lse.contiguous()
-    out = _by_token(q, value.shape[3]).zero_()
+    out = _by_token(q, value.shape[3])
+    plan = _only_plan(plans, q)
+    if plan is None or not plan.writes_all:
+        out.zero_()
     lse = q.new_full(query.shape[:3], float("-inf"))
     for batch, q_tokens, k_tokens, scope, plan in plans:
         held = q[batch, :, q_tokens], k[batch, :, k_tokens], v[batch, :, k_tokens]
@@ -319,21 +322,23 @@ class _Call:
         return Scope(length, self.heads, self.layer, self.is_causal, self.head_offset, self.num_heads, nodes, spans)
 
 
+def _only_plan(plans: list[tuple[slice, Places, Places, Scope, Plan]], query: Tensor) -> Plan | None:
+    """Return the plan that serves all rows and tokens, if one does."""
+    if len(plans) != 1:
+        return None
+    batch, tokens, _, _, plan = plans[0]
+    is_all = (batch, tokens) == (slice(0, query.shape[0]), slice(0, query.shape[2]))
+    return plan if is_all else None
+
+
 def _whole(
     plans: list[tuple[slice, Places, Places, Scope, Plan]], query: Tensor, key: Tensor, value: Tensor, dropout: float
 ) -> Tile | None:
     """Return the tile that is the whole call, if one is and torch's fused kernel serves it."""
-    if (
-        len(plans) != 1
-        or dropout
-        or query.device.type != "cpu"
-        or query.shape != key.shape
-        or query.shape != value.shape
-    ):
+    if dropout or query.device.type != "cpu" or query.shape != key.shape or query.shape != value.shape:
         return None
-    batch, tokens, _, _, plan = plans[0]
-    is_all = (batch, tokens) == (slice(0, query.shape[0]), slice(0, query.shape[2]))
-    if not is_all or len(plan.groups) != 1 or not plan.is_whole or len(plan.groups[0].invalid):
+    plan = _only_plan(plans, query)
+    if plan is None or len(plan.groups) != 1 or not plan.is_whole or len(plan.groups[0].invalid):
         return None
     (work,) = plan.groups[0].work
     return work if isinstance(work, Tile) else None

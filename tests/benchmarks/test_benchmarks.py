@@ -180,3 +180,7 @@ def test_the_models_compared_do_the_same() -> None:
     assert free.config._attn_implementation == "no_attention"
     # without attention a token changes itself alone
     assert (one != other).any(-1)[0].nonzero().flatten().tolist() == [5]
+    # its projections have all the work that they have with attention
+    models.outputs(FREE_ROBERTA).sum().backward()
+    layer = free.encoder.layer[0].attention.self
+    assert all(bool(part.weight.grad.abs().max() > 0) for part in (layer.query, layer.key, layer.value))
