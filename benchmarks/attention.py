@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import hf_sparse
 from hf_sparse.backends.flex_blocks import cached_layout
 from hf_sparse.backends.flex_tags import serves
-from hf_sparse.backends.gather import cached_plan
+from hf_sparse.backends.plans import fresh_plan
 from hf_sparse.benchmarks.timing import Cell
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern, parts_of
@@ -131,7 +131,7 @@ def plan_rows(n: int, device: str) -> Iterator[dict[str, Any]]:
                 cached_layout.__wrapped__(pattern, scope, segments, 1, 1, "all", torch.device(device))
                 torch.cuda.synchronize()
             else:
-                cached_plan.__wrapped__(pattern, scope, None, (), "all", True)
+                fresh_plan(pattern, scope, None, (), "all", True)
             taken.append(time.perf_counter() - start)
         yield {"section": "plan", "name": name, "n": n, "seconds": statistics.median(taken)}
 

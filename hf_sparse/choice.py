@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.backends.flex_tags import serves
-from hf_sparse.backends.gather import cached_plan
+from hf_sparse.backends.plans import cached_plan
 from hf_sparse.cutter import covers_all
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern, parts_of

@@ -220,7 +220,8 @@ def edge_mask(
     mask = torch.zeros((heads, *shape), dtype=torch.bool, device=q.device)
     has_own = torch.zeros((heads, q.shape[0], 1), dtype=torch.bool, device=q.device)
     for part in parts:
-        index = list(range(heads)) if part.heads is None else sorted(part.heads)
+        # all heads in one slice: a list of them would copy the mask
+        index = slice(heads) if part.heads is None else sorted(part.heads)
         allowed = part.allows(q, k)
         if tokens is not None and not part.has_nodes:
             allowed = allowed & (q < tokens) & (k < tokens)

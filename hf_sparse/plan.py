@@ -56,7 +56,13 @@ def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, 
                 rows=rows,
                 tokens=scope.length if scope.nodes else None,
             )
-            return (drawn[list(heads)][None] if differ else drawn[0]) & is_real[:, None] & is_real
+            if not differ:
+                drawn = drawn[0]
+            elif len(heads) == scope.heads:
+                drawn = drawn[None]
+            else:
+                drawn = drawn[list(heads)][None]
+            return drawn & is_real[:, None] & is_real if invalid else drawn
 
         drawn = draw()
         mask = None if bool(drawn.all()) else Mask(draw, keep=drawn.numel(), is_compact=differ)

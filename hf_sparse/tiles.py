@@ -58,6 +58,11 @@ class Mask:
         """Bool ``[..., T]`` on the CPU, True for queries that read nothing; None where there are none."""
         return _empty_rows(self.boolean())
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of it."""
+        return sum(held.numel() * held.element_size() for held in self._kept.values())
+
     def _kept_or(self, name: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         if (name, dtype, device) in self._kept:
             return self._kept[name, dtype, device]
@@ -224,6 +229,14 @@ class Plan:
             if not written.all():
                 return False
         return True
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the plan holds: masks as far as they were made and kept, and indices."""
+        works = [work for group in self.groups for work in group.work]
+        masks = sum(work.mask.kept_bytes for work in works if work.mask is not None)
+        indices = (work.index for work in works if isinstance(work, Gather))
+        return masks + sum(index.numel() * index.element_size() for index in indices)
 
     def count_work(self) -> tuple[int, int, int]:
         """Return the scores computed for one row, those among them of keys named by index, and about the kernel calls."""

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_sparse
-from hf_sparse.backends.gather import cached_plan
+from hf_sparse.backends.plans import cached_plan
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from tests.support.gradients import with_gradients

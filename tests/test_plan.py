@@ -8,8 +8,8 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import cutter as cutter_module
-from hf_sparse.backends.gather import cached_plan
-from hf_sparse.parts import BlockTable, BlockWindow, Globals, Scope, with_global_positions
+from hf_sparse.backends.plans import PLANS, PlanCache
+from hf_sparse.parts import BlockTable, BlockWindow, Globals, Scope, Window, with_global_positions
 from hf_sparse.patterns import Pattern
 from hf_sparse.plan import make_plan, make_positional_plan
 from hf_sparse.tiles import Gather as GatherWork
@@ -297,7 +297,7 @@ def test_global_positions_beyond_the_end_are_left_out() -> None:
 @pytest.mark.parametrize(("name", "plans"), [("longformer", 1), ("bigbird_full_length", 3)])
 def test_layers_share_a_plan_unless_the_pattern_differs_by_layer(name: str, plans: int) -> None:
     tensors = random_tensors(tokens=70, width=4)
-    cached_plan.cache_clear()
+    PLANS.clear()
     for step in (1, 2):
         for layer in range(3):
             leaves = [tensor.clone().requires_grad_() for tensor in tensors]
@@ -305,4 +305,43 @@ def test_layers_share_a_plan_unless_the_pattern_differs_by_layer(name: str, plan
             assert isinstance(out, Tensor)
             out.sum().backward()
         # nothing is planned again for the backward pass, nor in a second step
-        assert cached_plan.cache_info().misses == plans, step
+        assert PLANS.misses == plans, step
+
+
+def test_plans_are_kept_up_to_a_size_and_the_oldest_go_first() -> None:
+    def make(size: int) -> Plan:
+        gather = GatherWork((0,), 0, 1, torch.zeros(size, 1, dtype=torch.int64), 1, None, True)
+        return Plan(size, (Group((0,), (gather,), torch.empty(0), torch.empty(0)),))
+
+    cache = PlanCache(most_bytes=100)
+    plans = {key: cache.get(key, lambda: make(4)) for key in "abc"}
+    assert plans["a"].kept_bytes == 32
+    # used again, it is not the oldest any more
+    assert cache.get("a", lambda: make(4)) is plans["a"]
+    cache.get("d", lambda: make(4))
+    assert (len(cache), cache.misses) == (3, 4)
+    assert cache.get("a", lambda: make(4)) is plans["a"]
+    assert cache.get("b", lambda: make(4)) is not plans["b"]
+    # one that is too large stays alone
+    large = cache.get("e", lambda: make(40))
+    assert len(cache) == 1
+    assert cache.get("e", lambda: make(40)) is large
+
+
+def test_masks_that_are_made_later_count_as_well() -> None:
+    plan = make_plan((Window(before=3, after=3),), Scope(200, HEADS))
+    before = plan.kept_bytes
+    kept = [work.mask.additive(torch.zeros(1)) for work in plan.groups[0].work if work.mask is not None]
+    assert plan.kept_bytes >= before + sum(term.numel() * 4 for term in kept) > before
+
+
+def test_layers_at_many_lengths_keep_their_plans() -> None:
+    """Random blocks differ by layer: twelve layers at as many lengths are planned once."""
+    pattern = hf_sparse.pattern("bigbird", block_size=4)
+    PLANS.clear()
+    for _ in range(2):
+        for n in range(64, 112, 4):
+            tensors = random_tensors(tokens=n, width=4)
+            for layer in range(12):
+                hf_sparse.sparse_attention(*tensors, pattern, layer=layer, backend="gather")
+    assert PLANS.misses == 12 * 12

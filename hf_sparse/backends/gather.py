@@ -5,7 +5,6 @@ tensors, so a compiled model sees two opaque calls and does not recompile when l
 Half precision is computed in float32. No tensor of N x N is made.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,9 +15,10 @@ from hf_sparse.backends.execute import HUGE, inner_products, run_backward, run_f
 from hf_sparse.backends.kernels import Kernel, fused_backward, fused_forward, without_autocast
 from hf_sparse.backends.labels import Distances, Labels
 from hf_sparse.backends.lanes import Words
+from hf_sparse.backends.plans import cached_plan
 from hf_sparse.parts import Scope, with_global_positions
 from hf_sparse.patterns import Pattern, parts_of, pattern_from_json
-from hf_sparse.plan import is_faster_whole, make_plan, make_positional_plan, make_whole_plan
+from hf_sparse.plan import make_positional_plan
 from hf_sparse.segments import find_segments, logical_length, places
 from hf_sparse.tiles import Plan, Tile
 
@@ -208,23 +208,6 @@ def _autograd_backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 
 
 gather_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-@functools.lru_cache(maxsize=64)
-def cached_plan(
-    pattern: Pattern,
-    scope: Scope,
-    global_positions: tuple[int, ...] | None,
-    invalid: tuple[int, ...],
-    rows: str,
-    may_be_whole: bool,
-) -> Plan:
-    """Return the plan of a pattern on one sequence; equal calls get the same object."""
-    parts = with_global_positions(parts_of(pattern, scope), global_positions)
-    plan = make_plan(parts, scope, invalid=invalid, rows=rows)
-    if may_be_whole and is_faster_whole(plan, scope.heads):
-        return make_whole_plan(parts, scope, invalid=invalid, rows=rows)
-    return plan
 
 
 class _Call:

@@ -101,7 +101,7 @@ def pattern_from_json(text: str) -> Pattern:
     return pattern_from_dict(json.loads(text))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def parts_of(pattern: Pattern, scope: Scope) -> tuple[Part, ...]:
     """Return ``pattern.parts(scope)``; equal calls get the same objects."""
     return pattern.parts(scope)
