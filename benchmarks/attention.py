@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import hf_sparse
 from hf_sparse.backends.flex_blocks import cached_layout
 from hf_sparse.backends.flex_tags import serves
-from hf_sparse.backends.plans import fresh_plan
+from hf_sparse.backends.plans import PLANS, cached_plan
 from hf_sparse.benchmarks.timing import Cell
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern, parts_of
@@ -125,13 +125,14 @@ def plan_rows(n: int, device: str) -> Iterator[dict[str, Any]]:
         taken = []
         for _ in range(3):
             parts_of.cache_clear()
+            PLANS.clear()
             start = time.perf_counter()
             if device == "cuda":
                 segments = (Segment(0, 0, n),)
                 cached_layout.__wrapped__(pattern, scope, segments, 1, 1, "all", torch.device(device))
                 torch.cuda.synchronize()
             else:
-                fresh_plan(pattern, scope, None, (), "all", True)
+                cached_plan(pattern, scope, None, (), "all", True)
             taken.append(time.perf_counter() - start)
         yield {"section": "plan", "name": name, "n": n, "seconds": statistics.median(taken)}
 

@@ -67,21 +67,12 @@ def cached_plan(
     may_be_whole: bool,
 ) -> Plan:
     """Return the plan of a pattern on one sequence; equal calls get the same object."""
-    key = (pattern, scope, global_positions, invalid, rows, may_be_whole)
-    return PLANS.get(key, lambda: fresh_plan(*key))
 
+    def make() -> Plan:
+        parts = with_global_positions(parts_of(pattern, scope), global_positions)
+        plan = make_plan(parts, scope, invalid=invalid, rows=rows)
+        if may_be_whole and is_faster_whole(plan, scope.heads):
+            return make_whole_plan(parts, scope, invalid=invalid, rows=rows)
+        return plan
 
-def fresh_plan(
-    pattern: Pattern,
-    scope: Scope,
-    global_positions: tuple[int, ...] | None,
-    invalid: tuple[int, ...],
-    rows: str,
-    may_be_whole: bool,
-) -> Plan:
-    """Make the plan of a pattern on one sequence."""
-    parts = with_global_positions(parts_of(pattern, scope), global_positions)
-    plan = make_plan(parts, scope, invalid=invalid, rows=rows)
-    if may_be_whole and is_faster_whole(plan, scope.heads):
-        return make_whole_plan(parts, scope, invalid=invalid, rows=rows)
-    return plan
+    return PLANS.get((pattern, scope, global_positions, invalid, rows, may_be_whole), make)
