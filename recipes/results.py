@@ -51,7 +51,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
         folder: that holds the runs.
         results: "task", "arguments", "splits" (name to number of documents, None where it is not known), "models" (name to
             "title" and more), "runs": for each model and seed "model", "seed", "metrics", "seconds", "tokens_per_second"
-            (None where nothing was trained) and "peak_memory_mib".
+            (None where nothing was trained) and "peak_memory_mib" (None where it is not known).
     """
     held = {**results, **surroundings()}
     (folder / "results.json").write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
@@ -79,10 +79,11 @@ def table(results: dict[str, Any]) -> list[str]:
         runs = [run for run in results["runs"] if run["model"] == key]
         scores = [_said([run["metrics"][name] for run in runs]) for name in names]
         speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
+        peaks = [run["peak_memory_mib"] for run in runs if run["peak_memory_mib"] is not None]
         cost = [
             f"{statistics.fmean(run['seconds'] for run in runs):,.0f}",
             f"{statistics.fmean(speeds):,.0f}" if speeds else "",
-            f"{max(run['peak_memory_mib'] for run in runs):,.0f}",
+            f"{max(peaks):,.0f}" if peaks else "",
         ]
         lines.append(f"| {' | '.join([model['title'], *scores, *cost])} |")
     return lines

@@ -1,9 +1,12 @@
 """One run: a model trained by ``Trainer``, judged, and left in its folder."""
 
 import contextlib
+import ctypes
+import gc
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -277,6 +280,10 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
 
 def _begin_peak() -> None:
     """Forget the most memory that was held so far; Linux can, elsewhere the process's own record goes on."""
+    # what earlier runs of the process left would count as this one's: models in cycles, and what the allocator keeps of them
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None) is not None:
+        trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     # where it is not allowed, earlier runs of the process count too

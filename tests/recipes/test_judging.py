@@ -281,6 +281,12 @@ def test_several_seeds_have_a_mean_and_its_interval() -> None:
     runs = [{**run, "metrics": {"f1": value}} for value in (0.1, 0.2, 0.6)]
     line = table({"runs": runs, "models": {"sparse": {"title": "mine"}}})[-1]
     assert line == f"| mine | 0.3000 ± {half:.4f} | 1 |  | 3 |"
+    # the most memory of those that are known
+    for run, memory in zip(runs, (2.0, None, 1.0), strict=True):
+        run["peak_memory_mib"] = memory
+    assert table({"runs": runs, "models": {"sparse": {"title": "mine"}}})[-1].endswith("| 1 |  | 2 |")
+    unknown = [{**run, "peak_memory_mib": None} for run in runs]
+    assert table({"runs": unknown, "models": {"sparse": {"title": "mine"}}})[-1].endswith("| 1 |  |  |")
 
 
 SCRIPT = """
