@@ -157,7 +157,9 @@ def sparse_attention(
         can_flex=query.dtype != torch.float64 and min(query.shape[3], value.shape[3]) >= 16,
         can_mask=takes_mask(query, key, value),
         terms=terms.names,
-        is_plain=query.shape[2] == key.shape[2] and not return_lse and all(other is None for other in others),
+        is_plain=not (return_lse or counts)
+        and query.shape[2] == key.shape[2]
+        and all(other is None for other in others),
         dropout=dropout,
     )
     if choice.backend == "sdpa":

@@ -15,7 +15,7 @@ from hf_sparse.cutter import covers_all
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern, parts_of
 from hf_sparse.plan import MOST_WHOLE
-from hf_sparse.tiles import Mask
+from hf_sparse.tiles import Mask, MaskByHead, Tile
 
 BACKENDS = ("auto", "dense", "gather", "flex", "varlen")
 logger = logging.getLogger("hf_sparse")
@@ -49,7 +49,7 @@ def explain(
     dropout: float = 0.0,
     device: str = "cpu",
 ) -> Choice:
-    """Say what ``backend="auto"`` runs for a sequence without padding.
+    """Say what ``backend="auto"`` runs for a sequence without padding, marks or projections of a pattern's own.
 
     What a call chose is logged at the debug level of the logger "hf_sparse".
 
@@ -60,7 +60,8 @@ def explain(
         layer: index of the layer, at least 0.
         is_causal: whether keys ahead of the query are left out.
         dropout: probability of dropping an attention probability.
-        device: where the tensors are, "cpu" or "cuda"; on the latter of float32 or less, in heads of a width of 16 or more.
+        device: where the tensors are, "cpu" or "cuda"; on the former of float32 or float64 without autocast, and as many key
+            heads as query heads; on the latter of float32 or less, in heads of a width of 16 or more.
 
     Returns:
         The backend and the reason; printed, it is one line.
@@ -132,9 +133,10 @@ def choose_backend(
         # a compiled call serves every length with one graph, so nothing may depend on the length here
         return choice
     elif can_be_whole and _allows_every_pair(pattern, scope):
-        choice = Choice("sdpa", f"the pattern allows every pair of {scope.length} tokens")
-    elif can_be_whole and can_mask and (mask := _whole_mask(pattern, scope)) is not None:
-        choice = Choice("sdpa", _under_mask(scope.length), mask)
+        choice = Choice("sdpa", _every_pair(scope.length))
+    elif can_be_whole and can_mask and (tile := _whole_tile(pattern, scope)) is not None:
+        said = _every_pair(scope.length) if tile.mask is None else _under_mask(scope.length)
+        choice = Choice("sdpa", said, tile.mask)
     elif (
         device == "cuda"
         and can_flex
@@ -145,6 +147,10 @@ def choose_backend(
         choice = Choice("flex", "one fused kernel over the blocks that are read")
     logger.debug("%s of %d tokens: %s", pattern.key, scope.length, choice)
     return choice
+
+
+def _every_pair(n: int) -> str:
+    return f"the pattern allows every pair of {n} tokens"
 
 
 def _under_mask(n: int) -> str:
@@ -162,26 +168,25 @@ def cuda_backend(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return varlen_window_attention
 
 
-def _whole_mask(pattern: Pattern, scope: Scope) -> Mask | None:
-    """Return the mask of all heads under which torch's own attention is faster on a CPU than blocks; None where it is not."""
+def _whole_tile(pattern: Pattern, scope: Scope) -> Tile | None:
+    """Return the tile of all heads that torch's own attention runs faster on a CPU than blocks; None where it does not."""
     if scope.length > MOST_WHOLE:
         return None
     plan = cached_plan(pattern, scope, None, (), "all", True)
-    # heads that differ have a mask each: together too large to be kept in the dtype that torch wants
-    if not plan.is_whole or len(plan.groups) > 1:
+    if not plan.is_whole:
         return None
-    mask = plan.groups[0].work[0].mask
-    return None if mask is None or mask.is_compact or mask.empty_rows is not None else mask
+    tiles = [work for group in plan.groups for work in group.work if isinstance(work, Tile)]
+    if all(tile.mask is None for tile in tiles):
+        return tiles[0]
+    # heads that differ have a mask each: together too large to be kept in the dtype that torch wants
+    mask = tiles[0].mask
+    serves = len(tiles) == 1 and mask is not None and not isinstance(mask, MaskByHead) and mask.empty_rows is None
+    return tiles[0] if serves else None
 
 
 @functools.lru_cache(maxsize=256)
 def _allows_every_pair(pattern: Pattern, scope: Scope) -> bool:
+    """Say whether parts that allow every pair by themselves serve all heads."""
     full = [part.heads for part in parts_of(pattern, scope) if covers_all(part, scope)]
     served = frozenset().union(*(range(scope.heads) if heads is None else heads for heads in full))
-    if len(served) == scope.heads:
-        return True
-    if scope.length > MOST_WHOLE:
-        return False
-    # parts that allow every pair together
-    plan = cached_plan(pattern, scope, None, (), "all", True)
-    return plan.is_whole and all(work.mask is None for group in plan.groups for work in group.work)
+    return len(served) == scope.heads

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse.cutter import MAX_SCORES, Cutter
 from hf_sparse.parts import BlockTable, Part, Scope, edge_mask
-from hf_sparse.tiles import Group, Mask, Plan, Tile
+from hf_sparse.tiles import Group, Mask, MaskByHead, Plan, Tile
 
 
 def make_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, ...] = (), rows: str = "all") -> Plan:
@@ -44,30 +44,24 @@ def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, 
     everything = slice(0, scope.total)
     groups = []
     for held, heads in _by_parts(parts, scope.heads):
-        differ = any(isinstance(part, BlockTable) and part.table.shape[0] > 1 for part in held)
-
-        def draw(held: list[Part] = held, heads: tuple[int, ...] = heads, differ: bool = differ) -> Tensor:
-            drawn = edge_mask(
-                tuple(parts) if differ else tuple(dataclasses.replace(part, heads=None) for part in held),
-                position[:, None],
-                position[None, :],
-                heads=scope.heads if differ else 1,
-                is_causal=scope.is_causal,
-                rows=rows,
-                tokens=scope.length if scope.nodes else None,
-            )
-            if not differ:
-                drawn = drawn[0]
-            elif len(heads) == scope.heads:
-                drawn = drawn[None]
-            else:
-                drawn = drawn[list(heads)][None]
-            return drawn & is_real[:, None] & is_real if invalid else drawn
-
-        drawn = draw()
-        mask = None if bool(drawn.all()) else Mask(draw, keep=drawn.numel(), is_compact=differ)
-        if mask is not None and differ:
-            mask.adopt(drawn)
+        # heads that differ are drawn together, since each has its row of a table
+        tables = [part.block for part in held if isinstance(part, BlockTable) and part.table.shape[0] > 1]
+        drawn = edge_mask(
+            tuple(parts) if tables else tuple(dataclasses.replace(part, heads=None) for part in held),
+            position[:, None],
+            position[None, :],
+            heads=scope.heads if tables else 1,
+            is_causal=scope.is_causal,
+            rows=rows,
+            tokens=scope.length if scope.nodes else None,
+        )
+        if invalid:
+            drawn &= is_real[:, None] & is_real
+        if tables and len(heads) < scope.heads:
+            drawn = drawn[list(heads)]
+        mask: Mask | None = None
+        if not drawn.all():
+            mask = MaskByHead(drawn[None], tables[0]) if tables else Mask(drawn[0].clone, keep=drawn.numel())
         groups.append(Group(heads, (Tile(everything, everything, mask, True),), nothing, nothing))
     return Plan(scope.total, tuple(groups))
 

@@ -5,6 +5,7 @@ tiles of a plan do not overlap, so merging their outputs by logsumexp is exact a
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -19,39 +20,23 @@ class Mask:
     """A mask that is made when it is needed, and kept if it is small.
 
     Args:
-        make: returns bool ``[..., T, S]`` on the CPU.
+        make: returns bool ``[T, S]`` or ``[..., T, S]`` on the CPU.
         keep: the most elements that are kept.
-        is_compact: keep a large mask as a bfloat16 term of the scores alone; 0 and -inf are exact in it.
     """
 
-    def __init__(self, make: Callable[[], Tensor], keep: int = KEPT_MASK, *, is_compact: bool = False) -> None:
-        self._make, self._keep, self.is_compact = make, keep, is_compact
+    def __init__(self, make: Callable[[], Tensor], keep: int = KEPT_MASK) -> None:
+        self._make, self._keep = make, keep
         self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def boolean(self) -> Tensor:
         """Return bool ``[..., T, S]`` on the CPU; True where the query reads the key."""
-        if self.is_compact:
-            return self._make()
         return self._kept_or("boolean", torch.bool, torch.device("cpu"), self._make)
 
     def additive(self, like: Tensor) -> Tensor:
-        """Return the mask as a term of the scores, 0 where True and -inf elsewhere, on the device and in the dtype given.
-
-        A compact mask comes in bfloat16.
-        """
-        dtype = torch.bfloat16 if self.is_compact else like.dtype
-
-        def make() -> Tensor:
-            mask = self.boolean()
-            return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf")).to(like.device)
-
-        return self._kept_or("additive", dtype, like.device, make)
-
-    def adopt(self, drawn: Tensor) -> None:
-        """Take what ``make`` would return, so that a large mask is not made a second time."""
-        self.empty_rows = _empty_rows(drawn)
-        term = torch.zeros(drawn.shape, dtype=torch.bfloat16).masked_fill_(~drawn, float("-inf"))
-        self._kept["additive", torch.bfloat16, torch.device("cpu")] = term
+        """Return the mask as a term of the scores, 0 where True and -inf elsewhere, on the device and in the dtype given."""
+        return self._kept_or(
+            "additive", like.dtype, like.device, lambda: _term(self.boolean(), like.dtype).to(like.device)
+        )
 
     @functools.cached_property
     def empty_rows(self) -> Tensor | None:
@@ -61,15 +46,73 @@ class Mask:
     @property
     def kept_bytes(self) -> int:
         """What is kept of it."""
-        return sum(held.numel() * held.element_size() for held in self._kept.values())
+        return sum(map(_bytes, list(self._kept.values())))
 
     def _kept_or(self, name: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         if (name, dtype, device) in self._kept:
             return self._kept[name, dtype, device]
-        made = make()
+        # what is kept may be needed by a backward pass, whatever runs now
+        with torch.inference_mode(False):
+            made = make()
         if made.numel() <= self._keep:
             self._kept[name, dtype, device] = made
         return made
+
+
+class MaskByHead(Mask):
+    """The mask of a whole sequence whose heads differ: one entry is kept for each block where that is all it says.
+
+    Args:
+        drawn: bool ``[1, H, N, N]``.
+        block: tokens of a block, if it is one of blocks.
+    """
+
+    def __init__(self, drawn: Tensor, block: int) -> None:
+        super().__init__(self._blown_up)
+        self.empty_rows = _empty_rows(drawn)
+        self._length = drawn.shape[-1]
+        for self._block, held in ((block, drawn[..., ::block, ::block]), (1, drawn)):
+            # 0 and -inf are exact in bfloat16
+            self._entries = _term(held, torch.bfloat16)
+            if self._block == 1 or torch.equal(self._blown_up(), drawn):
+                break
+
+    @property
+    def kept_bytes(self) -> int:
+        return super().kept_bytes + _bytes(self._entries)
+
+    def of_heads(self, heads: slice, like: Tensor, room: Tensor | None = None) -> Tensor:
+        """Return the term of the scores ``[1, H, N, N]`` of some heads, on the device and in the dtype given.
+
+        Args:
+            heads: which.
+            like: a tensor of that dtype and device.
+            room: where it is written, of ``size`` elements for each head; None takes new memory.
+        """
+        held = self._entries[:, heads]
+        # few of them, and then copied without a change of dtype
+        held = held.to(like.device, like.dtype if self._block > 1 else held.dtype)
+        shape = (1, held.shape[1], held.shape[2], self._block, held.shape[3], self._block)
+        found = like.new_empty(shape) if room is None else room[: math.prod(shape)].view(shape)
+        found.copy_(held[:, :, :, None, :, None])
+        return found.flatten(4, 5).flatten(2, 3)[..., : self._length, : self._length]
+
+    @property
+    def size(self) -> int:
+        """Elements of the room that a head's term is written to."""
+        return math.prod(self._entries.shape[2:]) * self._block**2
+
+    def _blown_up(self) -> Tensor:
+        return self.of_heads(slice(None), self._entries) == 0
+
+
+def _term(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where a mask is True and -inf elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _empty_rows(mask: Tensor) -> Tensor | None:
@@ -201,9 +244,11 @@ class Plan:
     def is_whole(self) -> bool:
         """Whether each group of heads runs in one tile over all pairs."""
         everything = slice(0, self.length)
-        works = [work for group in self.groups for work in group.work]
-        return len(works) == len(self.groups) and all(
-            isinstance(work, Tile) and (work.q, work.k) == (everything, everything) for work in works
+        return all(
+            len(group.work) == 1
+            and isinstance(group.work[0], Tile)
+            and (group.work[0].q, group.work[0].k) == (everything, everything)
+            for group in self.groups
         )
 
     @property
@@ -232,11 +277,16 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """What the plan holds: masks as far as they were made and kept, and indices."""
-        works = [work for group in self.groups for work in group.work]
-        masks = sum(work.mask.kept_bytes for work in works if work.mask is not None)
-        indices = (work.index for work in works if isinstance(work, Gather))
-        return masks + sum(index.numel() * index.element_size() for index in indices)
+        """About what the plan holds: masks as far as they were made and kept, what they are made of, and indices."""
+        total = 0
+        for work in (work for group in self.groups for work in group.work):
+            total += 0 if work.mask is None else work.mask.kept_bytes
+            if isinstance(work, Gather):
+                # a mask is made of the position of every key
+                total += _bytes(work.index) * (1 if work.mask is None else 1 + work.unit)
+            elif isinstance(work, Tile):
+                total += sum(_bytes(tokens) for tokens in (work.q, work.k) if isinstance(tokens, Tensor))
+        return total
 
     def count_work(self) -> tuple[int, int, int]:
         """Return the scores computed for one row, those among them of keys named by index, and about the kernel calls."""

@@ -4,10 +4,12 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_sparse
-from hf_sparse.backends.plans import cached_plan
+from hf_sparse.backends.plans import PLANS, cached_plan
+from hf_sparse.choice import choose_backend
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
 from tests.support.gradients import with_gradients
@@ -145,3 +147,27 @@ def test_the_choice_changes_nothing_near_the_crossover(
 
     for actual, wanted in zip(attend("auto"), attend("gather"), strict=True):
         assert_same_maths(actual, wanted, terms=n + 8)
+
+
+@pytest.mark.parametrize("pattern", [LONGFORMER, BIGBIRD], ids=["longformer", "bigbird"])
+def test_what_was_planned_without_gradients_serves_training(pattern: Pattern) -> None:
+    PLANS.clear()
+    tensors = [tensor.float() for tensor in random_tensors(tokens=300, width=8)]
+    with torch.inference_mode():
+        quiet = hf_sparse.sparse_attention(*tensors, pattern)
+    out, *grads = with_gradients(lambda *t: hf_sparse.sparse_attention(*t, pattern), tensors)
+    assert torch.equal(out, quiet)
+    assert all(grad.any() for grad in grads)
+
+
+def test_nothing_is_planned_for_what_another_device_or_another_kind_of_tensor_runs() -> None:
+    PLANS.clear()
+    for device, can_mask in (("cuda", False), ("meta", False), ("cpu", False)):
+        choice = choose_backend(
+            "auto", BIGBIRD, Scope(256, 12), device, can_flex=False, can_mask=can_mask, is_plain=True, dropout=0.0
+        )
+        assert choice.backend == "gather"
+    with FakeTensorMode():
+        fake = [torch.empty(1, 4, 300, 8) for _ in range(3)]
+        assert hf_sparse.sparse_attention(*fake, LONGFORMER).shape == (1, 4, 300, 8)
+    assert PLANS.misses == 0

@@ -11,9 +11,9 @@ from hf_sparse import cutter as cutter_module
 from hf_sparse.backends.plans import PLANS, PlanCache
 from hf_sparse.parts import BlockTable, BlockWindow, Globals, Scope, Window, with_global_positions
 from hf_sparse.patterns import Pattern
-from hf_sparse.plan import make_plan, make_positional_plan
+from hf_sparse.plan import make_plan, make_positional_plan, make_whole_plan
 from hf_sparse.tiles import Gather as GatherWork
-from hf_sparse.tiles import Group, Plan, Run, Tile
+from hf_sparse.tiles import Group, MaskByHead, Plan, Run, Tile
 from tests.pattern_cases import CASES, HEADS, WITH_GLOBALS, Case, Setting, case_name, case_of
 from tests.support.softmax import random_tensors
 
@@ -313,7 +313,7 @@ def test_plans_are_kept_up_to_a_size_and_the_oldest_go_first() -> None:
         gather = GatherWork((0,), 0, 1, torch.zeros(size, 1, dtype=torch.int64), 1, None, True)
         return Plan(size, (Group((0,), (gather,), torch.empty(0), torch.empty(0)),))
 
-    cache = PlanCache(most_bytes=100)
+    cache = PlanCache(most_bytes=120)
     plans = {key: cache.get(key, lambda: make(4)) for key in "abc"}
     assert plans["a"].kept_bytes == 32
     # used again, it is not the oldest any more
@@ -345,3 +345,40 @@ def test_layers_at_many_lengths_keep_their_plans() -> None:
             for layer in range(12):
                 hf_sparse.sparse_attention(*tensors, pattern, layer=layer, backend="gather")
     assert PLANS.misses == 12 * 12
+
+
+@pytest.mark.parametrize("n", [64, 61])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("invalid", [(), (5,)])
+def test_a_mask_by_head_says_what_was_drawn(n: int, is_causal: bool, invalid: tuple[int, ...]) -> None:
+    pattern = hf_sparse.pattern("bigbird", block_size=8, num_random_blocks=1)
+    scope = Scope(n, HEADS, 0, is_causal)
+    plan = make_whole_plan(pattern.parts(scope), scope, invalid=invalid)
+    mask = plan.groups[0].work[0].mask
+    assert isinstance(mask, MaskByHead)
+    drawn = pattern.mask(n, heads=HEADS, is_causal=is_causal)
+    drawn[:, list(invalid)] = False
+    drawn[:, :, list(invalid)] = False
+    assert torch.equal(mask.boolean()[0], drawn)
+    room = torch.full((2 * mask.size,), 7.0)
+    for heads in (slice(0, 2), slice(2, HEADS)):
+        wanted = torch.zeros(drawn[heads].shape).masked_fill(~drawn[heads], float("-inf"))
+        assert torch.equal(mask.of_heads(heads, room, room)[0], wanted)
+        assert mask.of_heads(heads, torch.empty(0, dtype=torch.float64)).dtype == torch.float64
+    # an entry for each block where there is nothing finer, else two bytes for each pair
+    is_of_blocks = not (is_causal or invalid)
+    drawn_bytes = HEADS * n * n
+    assert mask.kept_bytes == drawn_bytes + 2 * (HEADS * 8 * 8 if is_of_blocks else drawn_bytes)
+
+
+def test_a_plan_is_whole_if_each_group_of_heads_has_one_tile() -> None:
+    """One group has two whole tiles here, and the other nothing at all."""
+    one, none = (hf_sparse.pattern("global", positions=held) for held in (tuple(range(16)), (5000,)))
+    pattern = hf_sparse.by_head({0: one, range(1, HEADS): none})
+    tensors = random_tensors(tokens=16, heads=HEADS, key_heads=HEADS, width=4)
+    assert not make_plan(pattern.parts(Scope(16, HEADS)), Scope(16, HEADS)).is_whole
+    for backend in ("auto", "gather"):
+        out = hf_sparse.sparse_attention(*tensors, pattern, backend=backend)
+        assert isinstance(out, Tensor)
+        assert not out[:, 1:].any(), backend
+        assert out[:, 0].all(), backend

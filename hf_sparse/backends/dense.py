@@ -181,9 +181,14 @@ def dense_attention(
 
 
 def takes_mask(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Say whether torch's fused CPU kernel takes them with a mask, and computes in float32 or better as we do."""
-    is_exact = query.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")
-    return query.device.type == "cpu" and is_exact and query.shape == key.shape == value.shape
+    """Say whether torch's fused CPU kernel takes them with a mask, and computes in float32 or better as we do.
+
+    Tensors that only stand for others, as in tracing, are left to the operator of ``gather``, which knows them.
+    """
+    if query.device.type != "cpu" or query.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
+        return False
+    is_plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (query, key, value))
+    return is_plain and query.shape == key.shape == value.shape and query.dtype == value.dtype
 
 
 def torch_attention(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.backends.dropout import keep_, kept_bits
-from hf_sparse.tiles import Mask
+from hf_sparse.tiles import Mask, MaskByHead
 
 Result = TypeVar("Result")
 
@@ -241,15 +241,14 @@ def _terms(mask: Mask | None, like: Tensor) -> Iterator[tuple[slice, Tensor | No
     """Yield heads and their mask as a term of the scores: all at once, or as many as there are threads at a time."""
     if mask is None:
         yield slice(None), None
-    elif not mask.is_compact:
-        term = mask.additive(like)
-        yield slice(None), term if term.dim() == 4 else term[None, None]
+    elif not isinstance(mask, MaskByHead):
+        yield slice(None), mask.additive(like)[None, None]
     else:
-        term, step = mask.additive(like), max(2, torch.get_num_threads())
-        buffer = torch.empty(1, step, *term.shape[2:], dtype=like.dtype)
-        for first in range(0, term.shape[1], step):
-            held = term[:, first : first + step]
-            yield slice(first, first + step), buffer[:, : held.shape[1]].copy_(held)
+        step = max(2, torch.get_num_threads())
+        room = like.new_empty(step * mask.size)
+        for first in range(0, like.shape[1], step):
+            heads = slice(first, first + step)
+            yield heads, mask.of_heads(heads, like, room)
 
 
 def _dense(tensor: Tensor) -> Tensor:

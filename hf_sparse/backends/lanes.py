@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.backends.kernels import Scratch
-from hf_sparse.tiles import Gather, Mask, Run, Tile, Work
+from hf_sparse.tiles import Gather, Mask, MaskByHead, Run, Tile, Work
 
 Words = tuple[Tensor, Tensor]
 
@@ -63,13 +63,13 @@ class Sheet:
         """Return the tile's mask as a term of the scores, ``[T, S]`` or ``[X, T, S]``."""
         if mask is None:
             return None
-        term = mask.additive(like)
+        heads = slice(self.first, self.first + self.heads.stop - self.heads.start)
+        term = mask.of_heads(heads, like) if isinstance(mask, MaskByHead) else mask.additive(like)
         if term.dim() < 4:
             return term
-        heads = self.heads.stop - self.heads.start
+        term = term if isinstance(mask, MaskByHead) else term[:, heads]
         rows = len(range(*self.rows.indices(like.shape[0])))
-        term = term[:, self.first : self.first + heads].expand(rows, -1, -1, -1)
-        return term.flatten(0, 1).to(like.dtype)
+        return term.expand(rows, -1, -1, -1).flatten(0, 1)
 
     def words(self, _piece: Work, words: Words | None) -> Words | None:
         """Return the words of the dropout of a piece."""

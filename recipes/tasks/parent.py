@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
-from hf_sparse.errors import RecipeError
+from hf_sparse.errors import FailedRunError, RecipeError
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.sentences import sentence_ids
 from hf_sparse.patterns import Pattern
@@ -175,11 +175,22 @@ class Task:
             predictions: of both.
             references: of both.
             settings: of ours.
+
+        Raises:
+            FailedRunError: if the one that was asked for cannot be computed of them.
         """
         found = dict(load_metric(name, **settings).compute(predictions=predictions, references=references))
         if self.arguments.metric is None:
             return found
-        more = load_metric(self.arguments.metric).compute(predictions=predictions, references=references)
+        metric = load_metric(self.arguments.metric)
+        try:
+            more = metric.compute(predictions=predictions, references=references)
+        # what a script of others does not like comes as anything
+        except Exception as error:
+            raise FailedRunError(
+                f"--metric {self.arguments.metric} cannot be computed of what this task gives it "
+                f"({type(error).__name__}: {error})"
+            ) from error
         own = Path(self.arguments.metric).stem
         return {**found, **{f"{own}_{key}": float(value) for key, value in more.items() if isinstance(value, Real)}}
 

@@ -66,6 +66,17 @@ def test_what_is_counted_again_weighs_more() -> None:
     assert ends.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("n", [8, 16])
+def test_half_precision_where_every_pair_is_read(n: int) -> None:
+    held, _ = inputs(n, torch.bfloat16)
+    # the first block counts again all the same
+    assert PATTERN.mask(n)[0].all()
+    out = hf_sparse.sparse_attention(*held, PATTERN)
+    want = repeated(*held, torch.ones(2, n, dtype=torch.bool), scale=8**-0.5)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), want, atol=2**-7, rtol=2**-7)
+
+
 def test_half_precision_and_the_logsumexp() -> None:
     held, real = inputs(64, torch.bfloat16)
     out, lse = hf_sparse.sparse_attention(*held, PATTERN, key_padding_mask=real, return_lse=True)

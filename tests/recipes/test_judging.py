@@ -15,7 +15,7 @@ pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from hf_sparse.errors import RecipeError
+from hf_sparse.errors import FailedRunError, RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.metrics import load_metric
@@ -304,7 +304,7 @@ class Sizes(evaluate.Metric):
 """
 
 
-def test_a_metric_that_is_asked_for_stands_beside_ours(tmp_path: Path) -> None:
+def test_a_metric_that_is_asked_for_stands_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "sizes.py"
     path.write_text(SCRIPT)
     task = Classification(splits_of(text=["x"] * 4, label=[0, 1, 1, 1]), replace(HELD, metric=str(path)))
@@ -312,3 +312,12 @@ def test_a_metric_that_is_asked_for_stands_beside_ours(tmp_path: Path) -> None:
     found = task.metrics(logits, np.array([0, 1, 1, 1]), "test")
     # numbers alone
     assert found == {"accuracy": 0.5, "f1_micro": 0.5, "f1_macro": 0.5, "sizes_zeros": 3.0, "sizes_accuracy": 0.375}
+    monkeypatch.chdir(tmp_path)
+    by_name = Classification(splits_of(text=["x"] * 4, label=[0, 1, 1, 1]), replace(HELD, metric="sizes.py"))
+    assert by_name.metrics(logits, np.array([0, 1, 1, 1]), "test") == found
+    # one that cannot be computed of labels, or of these
+    for metric, said in (("rouge", "ValueError: Predictions"), ("sizes.py", "ZeroDivisionError: division by zero")):
+        path.write_text(SCRIPT.replace("/ 8", "/ 0"))
+        task = Classification(splits_of(text=["x"] * 4, label=[0, 1, 1, 1]), replace(HELD, metric=metric))
+        with pytest.raises(FailedRunError, match=f"--metric {metric} cannot be computed of what this task .*{said}"):
+            task.metrics(logits, np.array([0, 1, 1, 1]), "test")

@@ -37,7 +37,8 @@ def test_each_is_known_by_its_name() -> None:
         "rouge",
     )
     with pytest.raises(
-        ValueError, match=r"unknown metric 'bleu'; known: accuracy, .*; one on the Hub is named as owner/name"
+        ValueError,
+        match=r"unknown metric 'bleu'; known: accuracy, .*; one on the Hub is named as owner/name, a script by",
     ):
         load_metric("bleu")
 
