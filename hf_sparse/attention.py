@@ -174,7 +174,6 @@ def sparse_attention(
         "head_offset": head_offset,
         "num_heads": num_heads,
     }
-
     label_scores = None
     if isinstance(state, RelativeLabels):
         label_scores, state = state(query, scale=scale, head_offset=head_offset), None

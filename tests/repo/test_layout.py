@@ -65,6 +65,7 @@ BENEATH_BACKENDS = {
     "kernels",
     "labels",
     "lanes",
+    "plans",
     "slot_calls",
     "slot_rows",
 }
