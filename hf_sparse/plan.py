@@ -61,7 +61,8 @@ def make_whole_plan(parts: Sequence[Part], scope: Scope, *, invalid: tuple[int, 
             drawn = drawn[list(heads)]
         mask: Mask | None = None
         if not drawn.all():
-            mask = MaskByHead(drawn[None], tables[0]) if tables else Mask(drawn[0].clone, keep=drawn.numel())
+            # a view: it is drawn already
+            mask = MaskByHead(drawn[None], tables[0]) if tables else Mask(drawn[0].detach, keep=drawn.numel())
         groups.append(Group(heads, (Tile(everything, everything, mask, True),), nothing, nothing))
     return Plan(scope.total, tuple(groups))
 

@@ -149,7 +149,7 @@ def _config(source: str) -> Any:
 
 
 def _check_metric(arguments: RecipeArguments) -> None:
-    """Check before anything is trained that the metric that was asked for is there, and can be computed."""
+    """Check before anything is trained that the metric that was asked for is there."""
     if arguments.metric is None:
         return
     try:

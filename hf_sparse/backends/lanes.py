@@ -64,10 +64,12 @@ class Sheet:
         if mask is None:
             return None
         heads = slice(self.first, self.first + self.heads.stop - self.heads.start)
-        term = mask.of_heads(heads, like) if isinstance(mask, MaskByHead) else mask.additive(like)
-        if term.dim() < 4:
+        if isinstance(mask, MaskByHead):
+            term = mask.of_heads(heads, like)
+        elif (term := mask.additive(like)).dim() < 4:
             return term
-        term = term if isinstance(mask, MaskByHead) else term[:, heads]
+        else:
+            term = term[:, heads]
         rows = len(range(*self.rows.indices(like.shape[0])))
         return term.expand(rows, -1, -1, -1).flatten(0, 1)
 
