@@ -29,8 +29,8 @@ def convert_command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A dense checkpoint, or a Longformer, LED or BigBird of transformers' own: a folder, or the id of a model "
-            "on the Hub.",
+            help="A dense checkpoint, or a Longformer, LED, BigBird or BigBird-Pegasus of transformers' own, or LSG's: a "
+            "folder, or the id of a model on the Hub.",
         ),
     ],
     destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],

@@ -43,7 +43,7 @@ def inspect_command(
         ),
     ] = None,
     positions: Annotated[
-        str | None, typer.Option("--positions", help="How rotary positions reach longer texts, as for `convert`.")
+        str | None, typer.Option("--positions", help="How positions reach longer texts, as for `convert`.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Page to write as well.")] = None,
     allow_pickle: Annotated[

@@ -48,8 +48,9 @@ def convert(
 ) -> "ConversionReport":
     """Convert a dense checkpoint into a sparse one that the Auto classes load.
 
-    A checkpoint of transformers' own Longformer, LED or BigBird is a source as well: it becomes the RoBERTa, BART or BERT that
-    it otherwise is, and with no ``pattern`` it keeps its own, with the weights of its global tokens.
+    A checkpoint of transformers' own Longformer, LED, BigBird or BigBird-Pegasus, or of LSG, is a source as well: it becomes
+    the RoBERTa, BART, BERT or Pegasus that it otherwise is, and with no ``pattern`` it keeps its own, with the weights of its
+    global tokens.
 
     The weights are written tensor by tensor into the folder ``<destination>.partial``, which takes the destination's place at
     the end: whatever is raised, Ctrl-C included, leaves nothing at the destination, and with ``overwrite`` what was there.
@@ -272,7 +273,7 @@ def inspect_fidelity(
 
 def __getattr__(name: str) -> Any:
     # classes of the conversion, which is imported when they are first asked for
-    if name in ("ConversionReport", "FidelityReport", "LayerPlan"):
+    if name in ("ConversionReport", "ExportReport", "FidelityReport", "LayerPlan"):
         from hf_sparse import conversion
 
         return getattr(conversion, name)

@@ -156,7 +156,7 @@ def demo(
     choose: Annotated[bool, typer.Option("--choose", help="Score candidate settings on the topics set aside.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Convert a real sentence encoder and let it find passages in documents of up to 17,000 tokens.
+    """Convert a real sentence encoder and let it find passages in documents of up to 17,518 tokens.
 
     \b
     Example:

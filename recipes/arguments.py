@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,9 +52,13 @@ class RecipeArguments:
 
     model: str = field(metadata={"help": "A sparse checkpoint: a folder, or the id of a model on the Hub."})
     dataset: str = field(
-        metadata={"help": "The id of a dataset on the Hub, or a folder with <split>.parquet, .jsonl, .json or .csv."}
+        metadata={
+            "help": "The id of a dataset on the Hub, or a folder with <split>.parquet, .jsonl, .json, .csv or .txt, or of "
+            "images."
+        }
     )
     output: str = field(metadata={"help": "The folder to write: a model for each seed, results.json and results.md."})
+    dataset_config: str | None = _field(None, "Which configuration of a dataset on the Hub that has several.")
     text_column: str | None = _field(None, "Column of the documents; by default text, context, tokens or image.")
     label_column: str | None = _field(None, "Column of what is to be said; by default label, answers, tags or summary.")
     query_column: str | None = _field(
@@ -80,7 +85,11 @@ class RecipeArguments:
         "Of a head that the checkpoint does not have, which may take a hundred times as much; by default the same.",
     )
     weight_decay: float = _field(0.01, "Of AdamW.")
-    precision: str = _field("float32", "float32, bf16 or fp16: what is computed in half precision is up to autocast.")
+    precision: str | None = _field(
+        None,
+        "float32, bf16 or fp16: what is computed in half precision is up to autocast. By default what the launcher's config "
+        "says, else float32.",
+    )
     gradient_checkpointing: bool = _field(
         False, "Compute activations again in the backward pass: less memory, more time."
     )
@@ -122,8 +131,20 @@ class RecipeArguments:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError(f"--epochs must be above 0, got {self.epochs}")
+        # transformers' Trainer would take it all the same
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        self.precision = self.precision or (launched if launched != "no" else "float32")
         if self.precision not in ("float32", "bf16", "fp16"):
             raise ValueError(f"--precision must be float32, bf16 or fp16, got {self.precision!r}")
+        if launched not in ("no", self.precision):
+            raise ValueError(
+                f"--precision is {self.precision}, and mixed_precision of the launcher's config {launched}; leave --precision "
+                "out, or change the config"
+            )
+        if self.policy and self.lora:
+            raise ValueError(
+                "--policy trains the predictors of sac, which --lora leaves as they are; leave one of them out"
+            )
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must name at least one seed, none below 0 and none twice; got {self.seeds}")
         if self.short_share > 1:

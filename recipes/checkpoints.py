@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 # seconds up to a checkpoint, in its folder: what is written last
 CLOCK = "clock.json"
+# what patterns learned that are no parameters, beside adapters, whose files hold nothing else
+BUFFERS = "pattern_buffers.safetensors"
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -45,6 +48,37 @@ def _is_whole(checkpoint: Path) -> bool:
     return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt"))
 
 
+def state_of(checkpoint: str) -> dict[str, Any]:
+    """Return what Trainer wrote of a run into a checkpoint."""
+    found: dict[str, Any] = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return found
+
+
+def is_over(checkpoint: str) -> bool:
+    """Say whether nothing was left to train behind a checkpoint: all steps were taken, or patience was at its end."""
+    control = state_of(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_training_stop"))
+
+
+def save_state_buffers(model: Any, checkpoint: Path) -> None:
+    """Write what adapters leave out of a checkpoint: the buffers of patterns, such as centroids; of other models nothing."""
+    if not isinstance(model, PreTrainedModel) and (held := _state_buffers(model)):
+        save_file({name: buffer.contiguous() for name, buffer in held.items()}, checkpoint / BUFFERS)
+
+
+def load_state_buffers_(model: Any, checkpoint: str) -> None:
+    """Load what ``save_state_buffers`` wrote, in place."""
+    path = Path(checkpoint, BUFFERS)
+    if path.is_file():
+        held = _state_buffers(model)
+        for name, buffer in load_file(path).items():
+            held[name].copy_(buffer)
+
+
+def _state_buffers(model: Any) -> dict[str, Any]:
+    return {name: buffer.data for name, buffer in model.named_buffers() if ".sparse_state." in name}
+
+
 def take_home(checkpoint: str) -> None:
     """Let a checkpoint of a folder that was moved know where the best one is now."""
     path = Path(checkpoint, TRAINER_STATE_NAME)
@@ -62,7 +96,7 @@ def load_renamed_(model: Any, checkpoint: str) -> None:
     would go on with the weights that it had.
 
     Args:
-        model: a transformers model; of one that peft has wrapped nothing is loaded.
+        model: a transformers model; of one that adapters wrap nothing is loaded.
         checkpoint: folder of the checkpoint.
     """
     folder = Path(checkpoint)

@@ -28,7 +28,7 @@ def read_splits(arguments: RecipeArguments, columns: tuple[str, ...]) -> dict[st
     names = {kind: getattr(arguments, f"{kind}_split") for kind in ("train", "validation", "test")}
     folder = Path(arguments.dataset)
     streamed = {arguments.train_split} if arguments.streaming else set()
-    found = _of_folder(folder, names, streamed) if folder.exists() else _of_hub(arguments.dataset, names, streamed)
+    found = _of_folder(folder, names, streamed) if folder.exists() else _of_hub(arguments, names, streamed)
     splits: dict[str, Any] = {}
     for kind, name in names.items():
         if name not in found:
@@ -142,10 +142,14 @@ def _of_folder(folder: Path, names: dict[str, str], streamed: set[str]) -> dict[
     return held
 
 
-def _of_hub(dataset: str, names: dict[str, str], streamed: set[str]) -> dict[str, Any]:
+def _of_hub(arguments: RecipeArguments, names: dict[str, str], streamed: set[str]) -> dict[str, Any]:
+    held = arguments.dataset, arguments.dataset_config
     try:
         if not streamed:
-            return dict(load_dataset(dataset))
-        return {name: load_dataset(dataset, split=name, streaming=name in streamed) for name in names.values()}
+            return dict(load_dataset(*held))
+        return {name: load_dataset(*held, split=name, streaming=name in streamed) for name in names.values()}
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{dataset!r} is no folder here and no dataset that the Hub gives: {error}") from error
+        way_out = "; name one by --dataset_config" if "Config name is missing" in str(error) else ""
+        raise RecipeError(
+            f"{held[0]!r} is no folder here and no dataset that the Hub gives: {error}{way_out}"
+        ) from error

@@ -47,6 +47,7 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     # models and datasets may be the Hub's
     clean_token(None)
     readers = _readers(name, arguments)
+    _check_launcher(name, arguments)
     _check_metric(arguments)
     folder = Path(arguments.output)
     pushes = arguments.push_to_hub is not None and is_first_process()
@@ -133,8 +134,12 @@ def _readers(name: str, arguments: RecipeArguments) -> list[Reader]:
             )
         own = min(family_of(dense).length(dense), longest)
         for kind, title, how in (
-            ("truncated", TASKS[name].title_of_truncated(arguments, own), Reading(own, cuts=True)),
-            ("chunks", f"dense, {longest} tokens in chunks of {own}", Reading(longest, own, arguments.truncate)),
+            ("truncated", TASKS[name].title_of_truncated(arguments, own), Reading(own, cuts=True, is_dense=True)),
+            (
+                "chunks",
+                f"dense, {longest} tokens in chunks of {own}",
+                Reading(longest, own, arguments.truncate, is_dense=True),
+            ),
         ):
             if kind in TASKS[name].baselines:
                 readers.append(Reader(kind, title, arguments.baselines, how))
@@ -146,6 +151,20 @@ def _config(source: str) -> Any:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{source!r} cannot be loaded: {error}") from error
+
+
+def _check_launcher(name: str, arguments: RecipeArguments) -> None:
+    """Check that what is asked for runs where weights are spread over processes, if the launcher spreads them."""
+    spreads = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+    spread = next((one for one, said in spreads.items() if os.environ.get(said, "").lower() in ("1", "true")), None)
+    asked = {
+        f"{name} judges the model before it is trained": TASKS[name].judges_before,
+        "--lora merges adapters at the end": arguments.lora,
+        "--policy and --cpc run parts of the model by themselves": arguments.policy or arguments.cpc,
+    }
+    for why, is_asked in asked.items():
+        if spread and is_asked:
+            raise RecipeError(f"{why}, which {spread} does not allow; take the config ddp, or one process")
 
 
 def _check_metric(arguments: RecipeArguments) -> None:
@@ -197,7 +216,8 @@ def _what_a_run_is(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(arguments.model).to_dict()
     # where it lies and who wrote it may change
     said = json.dumps({**config, "_name_or_path": "", "transformers_version": ""}, sort_keys=True, default=str)
-    own = {"task": name, "config_of_model": hashlib.sha256(said.encode()).hexdigest()[:16]}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    own = {"task": name, "processes": processes, "config_of_model": hashlib.sha256(said.encode()).hexdigest()[:16]}
     return {**own, **{field: value for field, value in held.items() if field not in free}}
 
 

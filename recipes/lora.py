@@ -8,12 +8,13 @@ from hf_sparse.errors import RecipeError
 from hf_sparse.integration.adapters import lora_targets
 
 
-def add_lora(model: Any, rank: int) -> Any:
+def add_lora(model: Any, rank: int, made: frozenset[str] = frozenset()) -> Any:
     """Return a model of which adapters, position tables, norms and what the checkpoint did not hold are trained.
 
     Args:
         model: a transformers model.
         rank: of the adapters, which all linear layers of self-attention get; at least 1.
+        made: names of the parameters that the checkpoint did not hold.
 
     Raises:
         RecipeError: if peft is not installed.
@@ -42,6 +43,9 @@ def add_lora(model: Any, rank: int) -> Any:
         for name, module in named.items()
         if ("norm" in type(module).__name__.lower() or _is_positions(name)) and name.partition(".")[0] not in heads
     ]
+    # such as a pooler
+    of_made = {name.rpartition(".")[0] for name in made}
+    kept += [name for name in sorted(of_made - {*kept, *adapted, ""}) if name.partition(".")[0] not in heads]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

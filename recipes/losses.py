@@ -11,11 +11,13 @@ from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.cpc import cpc_loss
 from hf_sparse.recipes.policy import PolicyLoss
 
-Added = Callable[[Any, dict[str, Any], Tensor], Tensor]
+Added = Callable[[dict[str, Any], Tensor], Tensor]
 
 
 def added_losses(model: Any, arguments: RecipeArguments, tokenizer: Any) -> list[Added]:
-    """Return the losses that arguments switch on; each takes the model, a batch and the loss of the task.
+    """Return the losses that arguments switch on; each takes a batch and the mean loss of the task.
+
+    They run the model as it is given here, whatever adapters or processes wrap around it later.
 
     Raises:
         RecipeError: if the model's pattern has no use for one of them.
@@ -26,11 +28,11 @@ def added_losses(model: Any, arguments: RecipeArguments, tokenizer: Any) -> list
             policy = PolicyLoss(model)
         except ValueError as error:
             raise RecipeError(f"--policy needs a model with the pattern sac: {error}") from error
-        found.append(lambda _model, _batch, loss: arguments.policy * policy(-loss.detach()))
+        found.append(lambda _batch, loss: arguments.policy * policy(-loss.detach()))
     if arguments.cpc:
         if not _has_given_segments(model):
             raise RecipeError("--cpc needs a model with the pattern etc and segments='given'")
-        found.append(lambda model, batch, loss: arguments.cpc * _cpc(model, batch, loss, tokenizer.mask_token_id))
+        found.append(lambda batch, loss: arguments.cpc * _cpc(model, batch, loss, tokenizer.mask_token_id))
     return found
 
 

@@ -2,14 +2,16 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hf_sparse.recipes.checkpoints import load_renamed_
+from hf_sparse.recipes.checkpoints import load_renamed_, load_state_buffers_
 
 # what peft puts into the name of a module that it trains whole
 _SAVED = ".modules_to_save.default."
@@ -32,7 +34,7 @@ class ByLength(Sampler[int]):
         self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next order is for; accelerate's loaders call it."""
+        """Say which epoch the next order is for."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -42,6 +44,17 @@ class ByLength(Sampler[int]):
         drawn = random.Random(f"{self.seed} {self.epoch}").getrandbits(63)
         generator = torch.Generator().manual_seed(drawn)
         return iter(get_length_grouped_indices(list(self.lengths), self.step, generator=generator))
+
+
+class _Epochs(TrainerCallback):
+    """Tells a sampler of each epoch: a loader that goes on in the middle of one, on several processes, does not reach it."""
+
+    def __init__(self, sampler: ByLength) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        # a sum of shares of it may lack a bit
+        self._sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
 class OrderedTrainer(Trainer):
@@ -82,11 +95,18 @@ class OrderedTrainer(Trainer):
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return ByLength([len(ids) for ids in dataset["input_ids"]], step=step, seed=seed)
+        sampler = ByLength([len(ids) for ids in dataset["input_ids"]], step=step, seed=seed)
+        self.add_callback(_Epochs(sampler))
+        return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # several processes share what comes in order by themselves
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def take_over(self, checkpoint: str) -> None:
+        """Go on from the last checkpoint of a run that is over: nothing is trained, and the best model is loaded."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        self._load_from_checkpoint(self.state.best_model_checkpoint or checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -99,3 +119,4 @@ class OrderedTrainer(Trainer):
     def _load_renamed(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_renamed_(self.model, checkpoint)
+            load_state_buffers_(self.model, checkpoint)

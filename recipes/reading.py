@@ -22,11 +22,13 @@ class Reading:
         longest: tokens that it reads of one, special ones included; chunks hold the same part of it, each with its own.
         chunk: tokens of each part that is read alone; None where a document is read whole.
         cuts: whether longer documents are cut off; if not, they are an error.
+        is_dense: whether the model is dense, and would read across the documents of one row.
     """
 
     longest: int
     chunk: int | None = None
     cuts: bool = False
+    is_dense: bool = False
 
     @property
     def multiple(self) -> int:

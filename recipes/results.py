@@ -28,7 +28,7 @@ def spread(values: list[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def surroundings() -> dict[str, Any]:
+def surroundings(*, use_cpu: bool = False) -> dict[str, Any]:
     """Return versions, device, processes, and the commit of the folder that this runs in; None where that is no checkout."""
     git, commit = shutil.which("git"), None
     if git is not None:
@@ -37,7 +37,7 @@ def surroundings() -> dict[str, Any]:
     packages = (hf_sparse, torch, transformers, accelerate, datasets)
     return {
         "versions": {package.__name__: package.__version__ for package in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not use_cpu else "cpu",
         "threads": torch.get_num_threads(),
         "processes": count_processes(),
         "commit": commit,
@@ -53,7 +53,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
             "title" and more), "runs": for each model and seed "model", "seed", "metrics", "seconds", "tokens_per_second"
             (None where nothing was trained) and "peak_memory_mib" (None where it is not known).
     """
-    held = {**results, **surroundings()}
+    held = {**results, **surroundings(use_cpu=results["arguments"]["use_cpu"])}
     (folder / "results.json").write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
     seeds = results["arguments"]["seeds"]
     trained = results["splits"]["train"]

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from hf_sparse.errors import FailedRunError, RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.checkpoints import CLOCK, last_whole_checkpoint, take_home
+from hf_sparse.recipes.checkpoints import CLOCK, is_over, last_whole_checkpoint, save_state_buffers, state_of, take_home
 from hf_sparse.recipes.chunks import read_in_chunks_
 from hf_sparse.recipes.lora import add_lora, merge_lora
 from hf_sparse.recipes.losses import added_losses
@@ -57,9 +57,10 @@ class StepClock(TrainerCallback):
         """Begin with the seconds up to a checkpoint."""
         self.seconds = float(json.loads(Path(checkpoint, CLOCK).read_text(encoding="utf-8")))
 
-    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+    def on_save(self, args: Any, state: Any, *_: Any, model: Any = None, **__: Any) -> None:
         if state.is_world_process_zero:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}", CLOCK)
+            save_state_buffers(model, path.parent)
             path.write_text(json.dumps(self.seconds), encoding="utf-8")
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -102,8 +103,9 @@ def train(
         read_in_chunks_(model, reader.reading.chunk)
     losses = added_losses(model, arguments, tokenizer) if reader.name == "sparse" else []
     if arguments.lora:
-        model = add_lora(model, arguments.lora)
+        model = add_lora(model, arguments.lora, task.made)
     clock = StepClock()
+    stopping = [EarlyStoppingCallback(arguments.patience)] if arguments.patience else []
     trainer = _with_losses(task.trainer, losses)(
         model=model,
         args=_training_arguments(task, arguments, seed, folder),
@@ -113,22 +115,24 @@ def train(
         data_collator=task.collator(tokenizer, model, reader.reading),
         compute_metrics=lambda held: _validated(task, held),
         preprocess_logits_for_metrics=task.reduce,
-        callbacks=[clock, Watch(), *([EarlyStoppingCallback(arguments.patience)] if arguments.patience else [])],
+        callbacks=[clock, Watch(), *stopping],
     )
-    # heads that do not count tokens take their number all the same: Trainer would not average over the batches of a step
+    # heads take a number of tokens that they make nothing of: Trainer would not average over the batches of a step
     trainer.model_accepts_loss_kwargs = task.counts_tokens
     trainer.head, trainer.head_rate = task.made, arguments.head_learning_rate
     task.prepare(trainer)
     last = last_whole_checkpoint(folder) if arguments.resume else None
     if last is not None:
-        clock.go_on_from(last)
-        if trainer.is_world_process_zero():
-            take_home(last)
-        trainer.accelerator.wait_for_everyone()
+        _go_on(trainer, last, clock, stopping)
     with _failing(folder):
         before = {"before": _judged_before(task, trainer, splits)} if task.judges_before else {}
-        _begin_peak()
-        trainer.train(resume_from_checkpoint=last)
+        _begin_peak(trainer.args.device)
+        # sharded, a model is loaded where it is trained alone
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if last is not None and is_over(last) and not is_sharded:
+            trainer.take_over(last)
+        else:
+            trainer.train(resume_from_checkpoint=last)
         judged = _judged(task, trainer, splits)
     run = {
         "model": reader.name,
@@ -138,15 +142,21 @@ def train(
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,
         "tokens_per_second": _speed(trainer.state.num_input_tokens_seen, clock.seconds),
-        "peak_memory_mib": _peak_memory(),
+        "peak_memory_mib": _peak_memory(trainer.args.device),
         **before,
         **judged,
     }
-    if arguments.lora:
-        trainer.model = merge_lora(trainer.model)
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        (folder / DONE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    with _failing(folder):
+        if arguments.lora:
+            trainer.model = merge_lora(trainer.model)
+        if trainer.is_fsdp_enabled:
+            # checkpoints may be sharded, a model is not
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            if not any(folder.glob("*.safetensors")):
+                raise FailedRunError(f"Trainer wrote no weights to {folder}, which keeps its checkpoints")
+            (folder / DONE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     return run
 
 
@@ -169,16 +179,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _go_on(trainer: Any, checkpoint: str, clock: StepClock, stopping: list[EarlyStoppingCallback]) -> None:
+    """Give what a checkpoint says of its run to those whom Trainer does not tell."""
+    clock.go_on_from(checkpoint)
+    for one in stopping:
+        held = state_of(checkpoint)["stateful_callbacks"][type(one).__name__]
+        one.early_stopping_patience_counter = held["attributes"]["early_stopping_patience_counter"]
+    if trainer.is_world_process_zero():
+        take_home(checkpoint)
+    trainer.accelerator.wait_for_everyone()
+
+
 @contextlib.contextmanager
 def _failing(folder: Path) -> Iterator[None]:
     """Say of what goes wrong in the middle of a run that it had begun.
 
     Raises:
-        FailedRunError: in the place of an error of a value.
+        FailedRunError: in the place of an error of a value, or of the system.
     """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:
         raise FailedRunError(f"{error} (after training had begun; {folder} keeps its checkpoints)") from error
 
 
@@ -212,7 +233,7 @@ def _judged_before(task: Task, trainer: Any, splits: dict[str, Any]) -> dict[str
     return found
 
 
-def _with_losses(parent: Any, losses: list[Callable[[Any, dict[str, Any], Tensor], Tensor]]) -> Any:
+def _with_losses(parent: Any, losses: list[Callable[[dict[str, Any], Tensor], Tensor]]) -> Any:
     """Return a trainer that adds losses to the task's own, in training."""
     if not losses:
         return parent
@@ -221,7 +242,9 @@ def _with_losses(parent: Any, losses: list[Callable[[Any, dict[str, Any], Tensor
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             if model.training:
-                loss = loss + sum(added(model, inputs, loss) for added in losses)
+                # what counts tokens gives a batch's part of the step's mean
+                parts = self.current_gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
+                loss = loss + sum(added(inputs, parts * loss) for added in losses) / parts
             return (loss, outputs) if return_outputs else loss
 
     return WithLosses
@@ -253,8 +276,8 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
         dataloader_pin_memory=torch.cuda.is_available() and not arguments.use_cpu,
         # documents of about one length together: less padding
         train_sampling_strategy="random" if arguments.streaming else "group_by_length",
-        # losses of heads that do not count tokens would be multiplied by the number of processes
-        average_tokens_across_devices=task.counts_tokens,
+        # what counts tokens sees to the processes itself
+        average_tokens_across_devices=False,
         # a stream's batches are read by each process for itself: sent around they would have to be of one length
         accelerator_config={"dispatch_batches": False} if arguments.streaming else None,
         # a loss that is no number would be logged as 0
@@ -278,22 +301,22 @@ def _training_arguments(task: Task, arguments: RecipeArguments, seed: int, folde
     return task.settings(**{**settings, **task.more})
 
 
-def _begin_peak() -> None:
+def _begin_peak(device: torch.device) -> None:
     """Forget the most memory that was held so far; Linux can, elsewhere the process's own record goes on."""
     # what earlier runs of the process left would count as this one's: models in cycles, and what the allocator keeps of them
     gc.collect()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None) is not None:
         trim(0)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     # where it is not allowed, earlier runs of the process count too
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory() -> float:
+def _peak_memory(device: torch.device) -> float:
     """Return the most memory that was held, in MiB: of the GPU, or of this process."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():

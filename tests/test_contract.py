@@ -35,6 +35,10 @@ def test_sparse_attention_takes_what_the_contract_says() -> None:
     assert all(keywords[name] is not inspect.Parameter.empty for name in keywords)
 
 
+def test_every_public_name_is_there() -> None:
+    assert [name for name in hf_sparse.__all__ if getattr(hf_sparse, name, None) is None] == []
+
+
 def test_drawing_and_density_take_what_the_contract_says() -> None:
     for method in (Pattern.mask, Pattern.density):
         parameters = inspect.signature(method).parameters

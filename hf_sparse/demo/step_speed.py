@@ -91,8 +91,8 @@ def _lines(held: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     rounds = min(row["rounds"] for row in held["rows"])
     return [
-        "Forward, backward and AdamW of all-MiniLM-L6-v2 without dropout in attention, one document, float32; medians "
-        f"of at least {rounds} rounds in turns. Device {held['device']}, {held['threads']} threads, "
+        "Tokens a second: forward, backward and AdamW of all-MiniLM-L6-v2 without dropout in attention, one document, "
+        f"float32; medians of at least {rounds} rounds in turns. Device {held['device']}, {held['threads']} threads, "
         f"torch {held['versions']['torch']}.",
         "",
         *lines,

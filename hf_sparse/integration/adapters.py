@@ -5,19 +5,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.integration.layers import self_attention_modules
+from hf_sparse.patterns.edge_predictor import EdgePredictor
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
     """Return the names of all linear layers of a model's self-attention, for the ``target_modules`` of a ``LoraConfig``.
 
-    Those of GPT-2 hold their weights the other way round: there ``fan_in_fan_out`` has to be True.
+    Those of SAC's predictors, which are read in another way, are left out. Those of GPT-2 hold their weights the other way
+    round: there ``fan_in_fan_out`` has to be True.
 
     Args:
         model: a transformers model, dense or sparse.
     """
     inside = tuple(f"{path}." for _, _, path, _ in self_attention_modules(model))
+    predictors = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, EdgePredictor))
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside)
+        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside) and not name.startswith(predictors)
     ]

@@ -47,6 +47,7 @@ def sentence_ids(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, *, most:
     begins &= ~is_end | torch.nn.functional.pad(is_apart[:, :-1], (1, 0), value=True)
     number = begins.long().cumsum(1) - 1
     if most is not None:
-        count = number.amax(1, keepdim=True) + 1
+        # a row of special tokens alone has none
+        count = (number.amax(1, keepdim=True) + 1).clamp(min=1)
         number = torch.where(count > most, number * most // count, number)
     return number.masked_fill(is_apart, -1)

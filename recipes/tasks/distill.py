@@ -88,7 +88,6 @@ class Distillation(Task):
     Source: relations of hidden states after Wang et al. 2020, arXiv:2002.10957, who compare those of values.
     """
 
-    best = "kl"
     is_larger_better = False
     labels = ()
     trainer = DistillationTrainer
@@ -115,6 +114,8 @@ class Distillation(Task):
         self.auto = next((auto for ending, auto in _HEADS.items() if named.endswith(ending)), AutoModel)
         self._has_head = self.auto is not AutoModel
         self._edges: tuple[int | None, int | None] = (None, None)
+        # of whole rows, unless none are trained on
+        self.best = "kl_long" if arguments.short_share < 1 else "kl"
 
     @classmethod
     def columns(cls, arguments: RecipeArguments) -> tuple[str, ...]:

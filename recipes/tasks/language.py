@@ -1,5 +1,6 @@
 """Language modelling, masked or causal: training that goes on after a conversion."""
 
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,16 +16,16 @@ from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed, patterns_of
+from hf_sparse.recipes.token_loss import NO_LABEL, NextTokenTrainer, TokenTrainer
 
 # share of the tokens that are masked
 MASKED = 0.15
-_IGNORED = -100
 
 
 class _Language(Task):
     """Texts, joined into rows of the longest length where that is asked for.
 
-    In a row of several documents each reads itself alone, by ``document_ids``.
+    In a row of several each reads itself alone, by ``document_ids``. A dense model, which knows none, has rows of one.
     """
 
     best = "loss"
@@ -59,7 +60,9 @@ class _Language(Task):
             if not texts:
                 return {"input_ids": [], "attention_mask": []}
             if self.arguments.packing and reading.chunk is None:
-                return packed(texts, tokenizer, reading.longest)
+                joined = [[one] for one in texts] if reading.is_dense else [texts]
+                parts = [packed(own, tokenizer, reading.longest) for own in joined]
+                return {name: [row for part in parts for row in part[name]] for name in parts[0]}
             found = listed(tokenize(tokenizer, reading, texts))
             return {name: found[name] for name in ("input_ids", "attention_mask")}
 
@@ -73,13 +76,26 @@ class _Language(Task):
         held = logits[0] if isinstance(logits, tuple) else logits
         said, wanted = self._aligned(held, labels)
         losses = torch.nn.functional.cross_entropy(
-            said.float().transpose(1, 2), wanted, ignore_index=_IGNORED, reduction="none"
+            said.float().transpose(1, 2), wanted, ignore_index=NO_LABEL, reduction="none"
         )
-        return torch.stack([losses.sum(1), (wanted != _IGNORED).sum(1)], 1)
+        return torch.stack([losses.sum(1), (wanted != NO_LABEL).sum(1)], 1)
 
     def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and what they are to say, place by place."""
         return logits, labels
+
+
+class MaskingTrainer(TokenTrainer):
+    """Masks a row by what the seed, the step and the row say: the same on any processes, and when a run goes on."""
+
+    def labelled(self, batch: dict[str, Any]) -> dict[str, Any]:
+        ids, labels = batch["input_ids"].clone(), torch.full_like(batch["input_ids"], NO_LABEL)
+        for row, is_real in enumerate(batch["attention_mask"] != 0):
+            own = ids[row, is_real]
+            drawn = zlib.crc32(f"{self.args.seed} {self.state.global_step} {own.tolist()}".encode())
+            found = masked(own.cpu(), self.processing_class, torch.Generator().manual_seed(drawn))
+            ids[row, is_real], labels[row, is_real] = (held.to(ids.device) for held in found)
+        return {**batch, "input_ids": ids, "labels": labels}
 
 
 class Masked(_Language):
@@ -91,6 +107,7 @@ class Masked(_Language):
     """
 
     auto = AutoModelForMaskedLM
+    trainer = MaskingTrainer
 
     def encode(self, split: Any, kind: str, tokenizer: Any, reading: Reading) -> Any:
         if tokenizer.mask_token is None:
@@ -105,12 +122,6 @@ class Masked(_Language):
 
         return found.map(masks, with_indices=True, desc="Masking tokens")
 
-    def finish(self, batch: dict[str, Tensor], tokenizer: Any) -> dict[str, Tensor]:
-        if "labels" in batch:
-            return batch
-        ids, labels = masked(batch["input_ids"], tokenizer)
-        return {**batch, "input_ids": ids, "labels": labels}
-
     def metrics(self, predictions: np.ndarray, labels: Any, kind: str) -> dict[str, float]:
         """Return the mean loss and the perplexity of masked tokens, given losses and numbers ``[N, 2]``."""
         loss, count = predictions.sum(0)
@@ -123,6 +134,7 @@ class Causal(_Language):
     """Every next token."""
 
     auto = AutoModelForCausalLM
+    trainer = NextTokenTrainer
 
     def __init__(self, splits: Mapping[str, Any], arguments: RecipeArguments) -> None:
         super().__init__(splits, arguments)
@@ -141,11 +153,11 @@ class Causal(_Language):
         return model
 
     def finish(self, batch: dict[str, Tensor], tokenizer: Any) -> dict[str, Tensor]:
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, _IGNORED)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, NO_LABEL)
         if "document_ids" in batch:
             # nothing tells how a document begins
             begins = torch.nn.functional.pad(batch["document_ids"].diff(dim=1) != 0, (1, 0))
-            labels = labels.masked_fill(begins, _IGNORED)
+            labels = labels.masked_fill(begins, NO_LABEL)
         return {**batch, "labels": labels}
 
     def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +187,7 @@ def masked(ids: Tensor, tokenizer: Any, generator: torch.Generator | None = None
     others = torch.randint(len(tokenizer), ids.shape, generator=generator)
     found = torch.where(is_chosen & (kind < 0.8), tokenizer.mask_token_id, ids)
     found = torch.where(is_chosen & (kind >= 0.9), others, found)
-    return found, ids.masked_fill(~is_chosen, _IGNORED)
+    return found, ids.masked_fill(~is_chosen, NO_LABEL)
 
 
 def packed(texts: Iterable[str], tokenizer: Any, length: int) -> dict[str, list[Any]]:

@@ -27,7 +27,7 @@ class Task:
     Attributes:
         best: the metric that chooses the best epoch.
         is_larger_better: whether that one is.
-        counts_tokens: whether the head's loss is a sum over tokens that it divides by their number in a whole step.
+        counts_tokens: whether the trainer divides a sum over tokens by their number in a whole step.
         labels: names of the fields of a batch that are no input.
         auto: the Auto class of the head.
         trainer: the trainer.
@@ -43,7 +43,7 @@ class Task:
         arguments: name the columns.
     """
 
-    best: ClassVar[str]
+    best: str
     is_larger_better: ClassVar[bool] = True
     counts_tokens: ClassVar[bool] = False
     labels: ClassVar[tuple[str, ...]] = ("labels",)
@@ -147,8 +147,10 @@ class Task:
                     marks = (begins & (real != 0)).to(real.dtype)
                 batch["global_attention_mask"] = marks
             if segmented is not None:
-                ids = batch["input_ids"]
-                batch["segment_ids"] = sentence_ids(ids, tokenizer, most=segmented.num_nodes(ids.shape[1]))
+                # of documents, and of what is asked of them
+                for name in [name for name in batch if name.endswith("input_ids")]:
+                    ids = sentence_ids(batch[name], tokenizer, most=segmented.num_nodes(batch[name].shape[1]))
+                    batch[name.replace("input_ids", "segment_ids")] = ids
             return self.finish(batch, tokenizer)
 
         return collate

@@ -10,15 +10,16 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer,
 
 from hf_sparse.integration.families import family_of
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.order import OrderedTrainer
 from hf_sparse.recipes.reading import Reading, pad, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed
+from hf_sparse.recipes.token_loss import NO_LABEL, TokenTrainer
 
-_IGNORED = -100
 
+class SummarizationTrainer(TokenTrainer, Seq2SeqTrainer):
+    """Judges summaries that were generated, and trains by the mean over their tokens."""
 
-class SummarizationTrainer(OrderedTrainer, Seq2SeqTrainer):
-    """Judges summaries that were generated, and trains on documents in the common order."""
+    # the decoder reads them
+    keeps_labels = True
 
 
 class Summarization(Task):
@@ -55,7 +56,7 @@ class Summarization(Task):
 
     def collate(self, rows: list[dict[str, Any]], tokenizer: Any, reading: Reading) -> dict[str, Tensor]:
         held = [{name: row[name] for name in row if name != "labels"} for row in rows]
-        labels = pad([{"input_ids": row["labels"]} for row in rows], 1, {"input_ids": _IGNORED})
+        labels = pad([{"input_ids": row["labels"]} for row in rows], 1, {"input_ids": NO_LABEL})
         return {**super().collate(held, tokenizer, reading), "labels": labels["input_ids"]}
 
     def load(self, source: str, **settings: Any) -> PreTrainedModel:
@@ -66,6 +67,8 @@ class Summarization(Task):
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, kind: str) -> dict[str, float]:
         """Return ROUGE, given generated ids, filled up with -100."""
-        ids = np.where(predictions == _IGNORED, self._tokenizer.pad_token_id, predictions)
-        said = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return self.scores("rouge", said, self._wanted[kind])
+        wanted = self._wanted[kind]
+        # transformers' trainer of sequences keeps what fills up the last batches of several processes
+        held = predictions[: len(wanted)]
+        ids = np.where(held == NO_LABEL, self._tokenizer.pad_token_id, held)
+        return self.scores("rouge", self._tokenizer.batch_decode(ids, skip_special_tokens=True), wanted)

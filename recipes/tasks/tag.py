@@ -4,34 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.metrics.entity_f1 import entities
-from hf_sparse.recipes.order import OrderedTrainer
-from hf_sparse.recipes.processes import mean_of_all
 from hf_sparse.recipes.reading import Reading, tokenize
 from hf_sparse.recipes.tasks.parent import Task, encoded, listed, names_of
-
-# of a token that has no tag: a word's tag is that of its first token
-NO_TAG = -100
-
-
-class TaggingTrainer(OrderedTrainer):
-    """Trains by the mean over all tagged tokens of a batch, on however many processes it lies."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        labels = inputs["labels"]
-        outputs = model(**{name: held for name, held in inputs.items() if name != "labels"})
-        logits = outputs["logits"].float().flatten(0, 1)
-        total = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=NO_TAG, reduction="sum")
-        loss = mean_of_all(total, (labels != NO_TAG).sum(), is_training=model.training)
-        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+from hf_sparse.recipes.token_loss import NO_LABEL, TokenTrainer
 
 
 class Tagging(Task):
@@ -48,7 +29,8 @@ class Tagging(Task):
 
     best = "f1"
     auto = AutoModelForTokenClassification
-    trainer = TaggingTrainer
+    trainer = TokenTrainer
+    counts_tokens = True
 
     def __init__(self, splits: Mapping[str, Dataset], arguments: RecipeArguments) -> None:
         super().__init__(splits, arguments)
@@ -103,7 +85,7 @@ class Tagging(Task):
 
         found = encoded(split, rows)
         self._read[kind] = [
-            [word for word, label in zip(row["word_ids"], row["labels"], strict=True) if label != NO_TAG]
+            [word for word, label in zip(row["word_ids"], row["labels"], strict=True) if label != NO_LABEL]
             for row in found.select_columns(["word_ids", "labels"])
         ]
         return found.remove_columns("word_ids")
@@ -117,7 +99,7 @@ class Tagging(Task):
         found, last = [], None
         for word in words:
             # of a word cut by a chunk the rest has none
-            found.append(NO_TAG if word is None or word == last else self.names.index(tags[word]))
+            found.append(NO_LABEL if word is None or word == last else self.names.index(tags[word]))
             last = word if word is not None else last
         return found
 
@@ -129,7 +111,7 @@ class Tagging(Task):
         said = []
         for row, there, read, tags in zip(predictions, labels, self._read[kind], self._tags[kind], strict=True):
             found = ["O"] * len(tags)
-            for word, number in zip(read, row[: len(there)][there != NO_TAG], strict=True):
+            for word, number in zip(read, row[: len(there)][there != NO_LABEL], strict=True):
                 found[word] = self.names[number]
             said.append(found)
         return self.scores("entity_f1", said, self._tags[kind])

@@ -184,10 +184,10 @@ def test_sentences_end_where_they_are_seen_to(tokenizer: BertTokenizerFast, text
 
 
 def test_neighbouring_sentences_are_joined_where_there_is_no_room(tokenizer: BertTokenizerFast) -> None:
-    rows = ["one . " * 5 + "[PAD] [PAD]", "one . " * 2 + "[PAD] " * 8]
+    rows = ["one . " * 5 + "[PAD] [PAD]", "one . " * 2 + "[PAD] " * 8, "[PAD] " * 12]
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(row.split()) for row in rows])
     found = hf_sparse.sentence_ids(ids, tokenizer, most=3)
-    assert found.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, -1, -1], [0, 0, 1, 1] + [-1] * 8]
+    assert found.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, -1, -1], [0, 0, 1, 1] + [-1] * 8, [-1] * 12]
     with pytest.raises(ValueError, match="most must be at least 1, got 0"):
         hf_sparse.sentence_ids(ids, tokenizer, most=0)
     with pytest.raises(ValueError, match=r"must be an integer tensor \[batch, tokens\], got torch.float32"):

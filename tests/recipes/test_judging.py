@@ -17,18 +17,20 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_sparse.errors import FailedRunError, RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
+from hf_sparse.recipes.documents import read_splits
 from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.results import spread, table
 from hf_sparse.recipes.tasks.answer import Answering
 from hf_sparse.recipes.tasks.classify import Classification
-from hf_sparse.recipes.tasks.language import Causal, Masked
+from hf_sparse.recipes.tasks.distill import Distillation, _relations
+from hf_sparse.recipes.tasks.language import Causal, Masked, _predicted_bytes
 from hf_sparse.recipes.tasks.retrieve import Retrieval
 from hf_sparse.recipes.tasks.summarize import Summarization
 from hf_sparse.recipes.tasks.tag import Tagging
 from hf_sparse.recipes.training import _judged, _validated
-from tests.recipe_cases import arguments, asked, passage, write
+from tests.recipe_cases import arguments, asked, passage, plain, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = RecipeArguments("model", "data", "out")
@@ -209,6 +211,20 @@ def test_bits_are_of_the_bytes_that_were_predicted(tokenizer: Any) -> None:
         assert bits == pytest.approx(1.0)
 
 
+def test_a_letter_of_several_bytes_counts_as_such() -> None:
+    letters = SimpleNamespace(batch_decode=lambda rows, **_: ["".join(map(chr, row)) for row in rows])
+    ids = [ord(letter) for letter in "é→aß"]
+    assert _predicted_bytes({"input_ids": ids}, letters) == 3 + 1 + 2
+    assert _predicted_bytes({"input_ids": ids, "document_ids": [0, 0, 1, 1]}, letters) == 3 + 2
+
+
+def test_of_a_long_row_the_tokens_that_are_compared_count_for_all() -> None:
+    real = torch.arange(1000) < torch.tensor([[1000], [700]])
+    *_, picked, share = _relations(torch.randn(2, 1000, 4), torch.randn(2, 1000, 4), real)
+    assert picked.sum(1).max() <= 256
+    assert (picked * share).sum(1).tolist() == pytest.approx([1000.0, 700.0])
+
+
 def test_neither_padding_nor_the_first_token_of_a_document_is_predicted() -> None:
     task = Causal(splits_of(text=["x"]), HELD)
     batch = {
@@ -321,3 +337,10 @@ def test_a_metric_that_is_asked_for_stands_beside_ours(tmp_path: Path, monkeypat
         task = Classification(splits_of(text=["x"] * 4, label=[0, 1, 1, 1]), replace(HELD, metric=metric))
         with pytest.raises(FailedRunError, match=f"--metric {metric} cannot be computed of what this task .*{said}"):
             task.metrics(logits, np.array([0, 1, 1, 1]), "test")
+
+
+def test_distillation_is_chosen_by_whole_rows_unless_none_are_trained_on(checkpoints: Path, tmp_path: Path) -> None:
+    dataset = write(tmp_path / "data", plain)
+    for share, wanted in ((0.5, "kl_long"), (1.0, "kl")):
+        held = arguments(checkpoints, dataset, tmp_path / "run", teacher="dense", short_share=share)
+        assert Distillation(read_splits(held, Distillation.columns(held)), held).best == wanted

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import hf_sparse
 from hf_sparse.console import run
@@ -25,7 +26,7 @@ from hf_sparse.errors import LostProcessError
 from hf_sparse.recipes.command import CONFIGS, recipe_app
 from hf_sparse.recipes.processes import telling_of_lost_processes
 from tests.ranks.learning import learn
-from tests.recipe_cases import plain, searched, tagged, write
+from tests.recipe_cases import plain, searched, summed_up, tagged, write
 from tests.support.checkpoints import write_checkpoint, write_tokenizer
 from tests.support.documents import write_labelled
 from tests.support.ranks import ON_TWO, finish, run_on_two, start
@@ -114,23 +115,23 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(dataset: str, 
 
 @pytest.mark.several_processes
 def test_tasks_whose_losses_are_no_means_of_documents_learn_the_same_too(checkpoints: Path, tmp_path: Path) -> None:
-    """Tags of documents of several lengths, queries against the documents of all processes, divergences of tokens."""
+    """Tokens of documents of several lengths, queries against the documents of all processes, divergences of tokens."""
     made = {
         "tag": (tagged, {}),
         "retrieve": (searched, {"query_column": "queries.query"}),
         "distill": (plain, {"teacher": str(checkpoints / "dense")}),
+        "mlm": (plain, {"packing": False, "truncate": True}),
+        "summarize": (summed_up, {"max_summary_length": 12}),
     }
     data = {task: write(tmp_path / task, make) for task, (make, _) in made.items()}
 
     def runs(folder: Path, **fields: Any) -> list[dict[str, Any]]:
-        sparse = str(checkpoints / "sparse")
-        return [
-            {
-                "task": task,
-                "arguments": recipe(sparse, data[task], folder / task, max_steps=3, save_steps=3, **{**own, **fields}),
-            }
-            for task, (_, own) in made.items()
-        ]
+        found = []
+        for task, (_, own) in made.items():
+            model = str(checkpoints / ("bart-sparse" if task == "summarize" else "sparse"))
+            steps = {"max_steps": 3, "save_steps": 3, **own, **fields}
+            found.append({"task": task, "arguments": recipe(model, data[task], folder / task, **steps)})
+        return found
 
     learn_on_two(tmp_path, runs(tmp_path / "two"))
     for one in runs(tmp_path / "one", batch_size=4):
@@ -143,6 +144,62 @@ def test_tasks_whose_losses_are_no_means_of_documents_learn_the_same_too(checkpo
         )
         assert len(found) == 3
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=2e-5, atol=0, msg=task)
+
+
+@pytest.mark.slow
+@pytest.mark.several_processes
+def test_losses_of_patterns_are_learned_in_two_processes(checkpoints: Path, tmp_path: Path) -> None:
+    patterns = {
+        "etc": (hf_sparse.pattern("etc", radius=16, num_global=16, segments="given"), {"cpc": 0.5}),
+        "sac": (hf_sparse.pattern("sac"), {"policy": 0.5}),
+    }
+    data = write(tmp_path / "data", plain)
+    runs = []
+    for key, (pattern, fields) in patterns.items():
+        model = tmp_path / key
+        hf_sparse.convert(checkpoints / "dense", model, pattern, max_length=128, verify=False)
+        steps = {"max_steps": 3, "save_steps": 3, "packing": False, "truncate": True, **fields}
+        runs.append({"task": "mlm", "arguments": recipe(str(model), data, tmp_path / f"{key}-run", **steps)})
+    learn_on_two(tmp_path, runs)
+    for key in patterns:
+        (run_,) = json.loads((tmp_path / f"{key}-run" / "results.json").read_text())["runs"]
+        assert len(run_["losses"]) == 3
+        assert all(loss > 0 for loss in run_["losses"])
+    before, after = (
+        AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "sac", tmp_path / "sac-run" / "seed-0")
+    )
+    # predictors learn from their reward alone
+    learned = [name for name in after if "sparse_state" in name and not torch.equal(after[name], before[name])]
+    assert learned
+
+
+@pytest.mark.slow
+@pytest.mark.several_processes
+def test_two_processes_go_on_inside_the_second_epoch(dataset: str, checkpoints: Path, tmp_path: Path) -> None:
+    classifier = sparse_checkpoint(tmp_path / "model", LONGFORMER, hidden_dropout_prob=0.1)
+    data = write(tmp_path / "data", plain)
+
+    def runs(folder: str, **fields: Any) -> list[dict[str, Any]]:
+        steps = {"epochs": 2.0, "save_steps": 6, **fields}
+        masked = recipe(
+            str(checkpoints / "sparse"), data, tmp_path / folder / "mlm", packing=False, truncate=True, **steps
+        )
+        return [
+            {"arguments": recipe(classifier, dataset, tmp_path / folder / "classify", **steps)},
+            {"task": "mlm", "arguments": masked},
+        ]
+
+    learn_on_two(tmp_path, [*runs("whole"), *runs("parts")])
+    for task in ("classify", "mlm"):
+        folder = tmp_path / "parts" / task / "seed-0"
+        # an epoch has four steps
+        shutil.rmtree(folder / "checkpoint-8")
+        (folder / "run.json").unlink()
+    learn_on_two(tmp_path, runs("parts", resume=True))
+    for task in ("classify", "mlm"):
+        found, wanted = (numbers(tmp_path / name / task / "seed-0" / "checkpoint-8") for name in ("parts", "whole"))
+        assert found.equal(wanted), task
 
 
 def test_centroids_move_with_each_batch_so_that_accumulating_two_is_another_run(dataset: str, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import torch
 pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 
 import transformers
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_sparse.errors import RecipeError
+from hf_sparse.recipes import documents
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.chunks import read_in_chunks_
 from hf_sparse.recipes.documents import read_splits, some_of
@@ -188,8 +190,6 @@ def test_a_text_file_is_a_document_and_a_few_are_chosen_whatever_their_order(tmp
         (tmp_path / f"{split}.txt").write_text(f"one line of {split}\n\nanother line\n")
     splits = read_splits(RecipeArguments("m", str(tmp_path), "o"), ("text",))
     assert splits["train"]["text"][:] == ["one line of train\n\nanother line\n"]
-    from datasets import Dataset
-
     held = [f"document {i}" for i in range(20)]
     one, other = (some_of(Dataset.from_dict({"text": texts}), 5, "text")["text"][:] for texts in (held, held[::-1]))
     assert sorted(one) == sorted(other)
@@ -197,8 +197,6 @@ def test_a_text_file_is_a_document_and_a_few_are_chosen_whatever_their_order(tmp
 
 
 def test_the_likeliest_span_of_the_context_is_the_answer(tokenizer: Any) -> None:
-    from datasets import Dataset
-
     held = {
         "question": ["the stone"],
         "context": [TEXT],
@@ -220,9 +218,22 @@ def test_the_likeliest_span_of_the_context_is_the_answer(tokenizer: Any) -> None
     assert (cut[0]["start_positions"], cut[0]["end_positions"]) == (0, 0)
 
 
-def test_a_query_of_several_documents_is_left_out(tokenizer: Any) -> None:
-    from datasets import Dataset
+@pytest.mark.parametrize("tokens", [64, 65])
+def test_an_answer_is_no_longer_than_64_tokens(tokenizer: Any, tokens: int) -> None:
+    context = " ".join((TEXT.split() * 8)[1:81])
+    wanted = "river" if tokens > 64 else " ".join(context.split()[:tokens])
+    answers = [{"text": [wanted], "answer_start": [0]}]
+    held = Dataset.from_dict({"question": ["the stone"], "context": [context], "answers": answers})
+    splits = {"train": held, "test": held}
+    task = Answering(splits, RecipeArguments("m", "d", "o"))
+    (row,) = task.encode(splits["test"], "test", tokenizer, Reading(128))
+    first = row["start_positions"]
+    starts, ends = torch.zeros(2, 1, len(row["input_ids"])).numpy()
+    starts[0, first], ends[0, first], ends[0, first + tokens - 1] = 9.0, 5.0, 9.0
+    assert task.metrics((starts, ends), None, "test")["exact_match"] == 1.0
 
+
+def test_a_query_of_several_documents_is_left_out(tokenizer: Any) -> None:
     held = {"text": [TEXT, "a page"], "query": [["the river", "every word"], ["the stone", "every word"]]}
     splits = {kind: Dataset.from_dict(held) for kind in ("train", "validation", "test")}
     task = Retrieval(splits, RecipeArguments("m", "d", "o"))
@@ -238,3 +249,21 @@ def test_a_query_of_several_documents_is_left_out(tokenizer: Any) -> None:
     found = task.metrics(vectors, torch.tensor([1, 2]).numpy(), "test")
     assert found["recall@1"] == pytest.approx(2 / 3)
     assert found["mrr"] == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+def test_a_configuration_of_a_dataset_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for = []
+
+    def load(name: str, config: str | None, **_: Any) -> Any:
+        asked_for.append((name, config))
+        if config is None:
+            raise ValueError("Config name is missing. Please pick one among the available configs: ['en', 'de']")
+        return {"train": Dataset.from_dict({"text": ["x"]})}
+
+    monkeypatch.setattr(documents, "load_dataset", load)
+    names = {"validation_split": "train2", "test_split": "train2"}
+    with pytest.raises(RecipeError, match=r"\['en', 'de'\]; name one by --dataset_config"):
+        read_splits(RecipeArguments("m", "org/things", "o"), ("text",))
+    with pytest.raises(RecipeError, match="org/things has no split 'train2'; it has train"):
+        read_splits(RecipeArguments("m", "org/things", "o", dataset_config="de", **names), ("text",))
+    assert asked_for == [("org/things", None), ("org/things", "de")]

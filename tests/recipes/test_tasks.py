@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 import hf_sparse
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.finetune import finetune
+from hf_sparse.recipes.lora import add_lora
 from tests.recipe_cases import (
     FAMILIES,
     LENGTH,
@@ -90,6 +91,7 @@ def test_a_task_has_baselines(task: str, checkpoints: Path, tmp_path: Path) -> N
         "longest": 64,
         "chunk": None,
         "cuts": True,
+        "is_dense": True,
     }
     page = (tmp_path / "run" / "results.md").read_text()
     for title in [model["title"] for model in results["models"].values()]:
@@ -127,9 +129,14 @@ def test_images_are_classified_beside_their_tiles(tmp_path: Path, monkeypatch: p
     assert again["runs"][0]["losses"] == results["runs"][0]["losses"]
     assert [run["model"] for run in results["runs"]] == ["sparse", "truncated", "chunks"]
     for run in results["runs"]:
+        assert statistics.fmean(run["losses"][-4:]) < statistics.fmean(run["losses"][:4])
         assert run["metrics"]["accuracy"] == 1.0
         assert run["tokens_per_second"] is None
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "seed-0")
+    other = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "parts" / "seed-0")
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(pixels).logits, other.eval()(pixels).logits)
     assert type(loaded).__name__ == "SparseViTForImageClassification"
     assert loaded.config.id2label == {0: "dark", 1: "light"}
 
@@ -172,6 +179,66 @@ def test_a_language_model_keeps_its_head_beside_adapters(task: str, checkpoints:
     assert not any("mlp" in name or "fc1" in name or "intermediate" in name for name in changed)
 
 
+# peft asks a model by an older name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_what_the_checkpoint_did_not_hold_is_trained_beside_adapters(checkpoints: Path) -> None:
+    pytest.importorskip("peft", reason="--lora needs hf-sparse[peft]")
+    model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
+        checkpoints / "sparse", output_loading_info=True
+    )
+    adapted = add_lora(model, 2, frozenset(told["missing_keys"]))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    for name in ("bert.pooler.dense.modules_to_save.default.weight", "classifier.modules_to_save.default.weight"):
+        assert f"base_model.model.{name}" in trained
+
+
+# peft asks a model by an older name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("key", "settings", "fields"),
+    [
+        ("routing", {"num_clusters": 4, "decay": 0.5}, {}),
+        ("sac", {}, {}),
+        ("etc", {"radius": 16, "num_global": 16, "segments": "given"}, {"cpc": 0.5}),
+    ],
+)
+def test_adapters_go_on_with_what_patterns_learned(
+    key: str,
+    settings: dict[str, Any],
+    fields: dict[str, Any],
+    checkpoints: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("peft", reason="--lora needs hf-sparse[peft]")
+    pattern = hf_sparse.pattern(key, **settings)
+    hf_sparse.convert(checkpoints / "dense", tmp_path / "sparse", pattern, max_length=LENGTH, verify=False)
+    dataset = write(tmp_path / "data", plain)
+
+    def learned(output: str, **more: Any) -> dict[str, Any]:
+        held = arguments(
+            tmp_path, dataset, tmp_path / output, lora=2, epochs=2.0, packing=False, truncate=True, **fields, **more
+        )
+        found: dict[str, Any] = finetune("mlm", held)["runs"][0]
+        return found
+
+    whole = learned("whole")
+    with monkeypatch.context() as patch:
+        break_off(patch, at=5)
+        with pytest.raises(Stopped):
+            learned("parts")
+    again = learned("parts", resume=True)
+    assert again["losses"] == whole["losses"]
+    before, one, other = (
+        transformers.AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "sparse", whole["folder"], again["folder"])
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    moved = {name for name in one if not torch.equal(one[name], before[name])}
+    assert any(name.endswith("query.weight") for name in moved)
+    assert any("sparse_state" in name for name in moved) == (key == "routing")
+
+
 def test_losses_of_patterns_are_switched_on_where_they_are_used(checkpoints: Path, tmp_path: Path) -> None:
     sources = {
         "etc": hf_sparse.pattern("etc", radius=16, num_global=16, segments="given"),
@@ -194,6 +261,15 @@ def test_losses_of_patterns_are_switched_on_where_they_are_used(checkpoints: Pat
         losses("sac", cpc=0.5)
     with pytest.raises(RecipeError, match="--policy needs a model with the pattern sac"):
         losses("etc", policy=0.5)
+
+
+def test_queries_have_segments_too(checkpoints: Path, tmp_path: Path) -> None:
+    pattern = hf_sparse.pattern("etc", radius=16, num_global=16, segments="given")
+    hf_sparse.convert(checkpoints / "dense", tmp_path / "sparse", pattern, max_length=LENGTH, verify=False)
+    make, fields, _ = TASKS["retrieve"]
+    dataset = write(tmp_path / "data", make)
+    (run,) = finetune("retrieve", arguments(tmp_path, dataset, tmp_path / "run", epochs=1.0, **fields))["runs"]
+    assert len(run["losses"]) == 4
 
 
 def test_distillation_begins_at_the_dense_length(checkpoints: Path, tmp_path: Path) -> None:

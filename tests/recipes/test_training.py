@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,14 +27,11 @@ from hf_sparse.recipes.finetune import _readers, finetune
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.tasks.distill import Distillation
 from hf_sparse.recipes.tasks.language import Masked
-from hf_sparse.recipes.training import _begin_peak, _peak_memory, _training_arguments
+from hf_sparse.recipes.training import _begin_peak, _peak_memory, _training_arguments, _with_losses
 from tests.recipe_cases import (
     LENGTH,
-    Stopped,
     arguments,
     asked,
-    break_off,
-    count_steps,
     labelled,
     plain,
     searched,
@@ -59,13 +57,6 @@ def test_what_is_asked_for_reaches_the_trainer(checkpoints: Path, things: str, t
     assert getattr(found, "activation_checkpointing", None) or found.gradient_checkpointing
     assert (found.metric_for_best_model, found.greater_is_better) == ("loss", False)
     assert (found.seed, found.data_seed) == (7, 7)
-
-
-def test_training_stops_where_nothing_gets_better(checkpoints: Path, things: str, tmp_path: Path) -> None:
-    held = arguments(checkpoints, things, tmp_path / "run", learning_rate=0.0, patience=2, epochs=8.0)
-    (run,) = finetune("classify", held)["runs"]
-    # the first of them, and two that are no better
-    assert run["steps"] == 3 * 4
 
 
 def test_each_seed_is_a_run_of_its_own(checkpoints: Path, things: str, tmp_path: Path) -> None:
@@ -110,8 +101,8 @@ def test_packed_documents_read_themselves_and_each_has_a_global_token(checkpoint
 def test_a_baseline_reads_no_more_than_is_asked_for(checkpoints: Path, things: str, tmp_path: Path) -> None:
     held = arguments(checkpoints, things, tmp_path / "run", baselines="dense", max_length=32)
     _, truncated, chunks = _readers("classify", held)
-    assert (truncated.reading, truncated.title) == (Reading(32, cuts=True), "dense, the first 32 tokens")
-    assert chunks.reading == Reading(32, 32)
+    assert (truncated.reading, truncated.title) == (Reading(32, cuts=True, is_dense=True), "dense, the first 32 tokens")
+    assert chunks.reading == Reading(32, 32, is_dense=True)
     for packing, title in ((True, "dense, 64 tokens at a time"), (False, "dense, the first 64 tokens")):
         one = arguments(checkpoints, things, tmp_path / "run", baselines="dense", packing=packing)
         assert [reader.title for reader in _readers("mlm", one)][1:] == [title]
@@ -156,8 +147,30 @@ def test_edges_are_rewarded_for_a_small_loss(
 
     monkeypatch.setattr(added, "PolicyLoss", Spy)
     (loss,) = added.added_losses(None, RecipeArguments("m", "d", "o", policy=0.5), None)
-    assert loss(None, {}, torch.tensor(2.0)) == 1.5
+    assert loss({}, torch.tensor(2.0)) == 1.5
     assert rewards == [torch.tensor(-2.0)]
+
+
+def test_a_loss_of_a_pattern_counts_once_in_each_step() -> None:
+    given = []
+
+    def added_to(_batch: Any, loss: torch.Tensor) -> torch.Tensor:
+        given.append(loss.item())
+        return torch.tensor(8.0)
+
+    class Parent:
+        current_gradient_accumulation_steps = 4
+        model_accepts_loss_kwargs = True
+
+        def compute_loss(self, *_: Any, **__: Any) -> Any:
+            return torch.tensor(1.0), {}
+
+    trainer, model = _with_losses(Parent, [added_to])(), SimpleNamespace(training=True)
+    # a quarter of a step's mean, and then the mean of a batch
+    assert trainer.compute_loss(model, {}) == 3.0
+    trainer.model_accepts_loss_kwargs = False
+    assert trainer.compute_loss(model, {}) == 9.0
+    assert given == [4.0, 1.0]
 
 
 def test_a_batch_of_one_segment_has_none_to_be_told_from(checkpoints: Path, tmp_path: Path) -> None:
@@ -171,9 +184,9 @@ def test_a_batch_of_one_segment_has_none_to_be_told_from(checkpoints: Path, tmp_
         "attention_mask": torch.ones(1, 20, dtype=torch.int64),
         "segment_ids": torch.zeros(1, 20, dtype=torch.int64),
     }
-    assert loss(model, batch, torch.tensor(2.0)) == 0.0
+    assert loss(batch, torch.tensor(2.0)) == 0.0
     batch["segment_ids"][0, 9:] = 1
-    assert loss(model, batch, torch.tensor(2.0)) > 0.0
+    assert loss(batch, torch.tensor(2.0)) > 0.0
 
 
 def test_a_run_that_diverges_says_so(checkpoints: Path, things: str, tmp_path: Path) -> None:
@@ -194,54 +207,6 @@ def test_a_token_that_is_none_is_not_sent(
 def test_results_need_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.shutil, "which", lambda name: None)
     assert results.surroundings()["commit"] is None
-
-
-def test_what_was_begun_otherwise_is_not_gone_on_with(checkpoints: Path, things: str, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    shutil.copytree(checkpoints / "sparse", own)
-
-    def run(**fields: Any) -> dict[str, Any]:
-        held = arguments(checkpoints, things, tmp_path / "run", epochs=1.0, **fields)
-        return finetune("classify", dataclasses.replace(held, model=str(own)))
-
-    def refused(match: str, **fields: Any) -> None:
-        with pytest.raises(RecipeError, match=match):
-            run(resume=True, **fields)
-
-    run()
-    # baselines may follow
-    assert [one["model"] for one in run(resume=True, baselines="dense")["runs"]] == ["sparse", "truncated", "chunks"]
-    shutil.copytree(checkpoints / "dense", checkpoints / "other-dense", dirs_exist_ok=True)
-    refused("was begun with baselines=", baselines="other-dense")
-    (tmp_path / "things" / "test.jsonl").write_text('{"text": "a", "label": "0"}\n')
-    refused("was begun with documents=")
-    write(tmp_path / "again", labelled)
-    shutil.copy(tmp_path / "again" / "test.jsonl", tmp_path / "things")
-    (tmp_path / "run" / "seed-0" / "run.json").write_text('{"model": "spa')
-    refused(r"run\.json is damaged \(.*\); remove it, and the run before it is done again")
-    config = json.loads((own / "config.json").read_text())
-    config["sparse_attention"]["pattern"]["window"] = 16
-    (own / "config.json").write_text(json.dumps(config))
-    refused("was begun with config_of_model=")
-    (tmp_path / "run" / "recipe.json").write_text("{")
-    refused(r"recipe\.json is damaged")
-
-
-def test_a_folder_that_was_moved_is_gone_on_with_from_its_best(
-    checkpoints: Path, things: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # nothing gets better, so the first epoch is the best
-    fields = {"learning_rate": 0.0, "head_learning_rate": 1e-9, "epochs": 4.0}
-    with monkeypatch.context() as patch:
-        break_off(patch, at=13)
-        with pytest.raises(Stopped):
-            finetune("classify", arguments(checkpoints, things, tmp_path / "run", **fields))
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    taken = count_steps(monkeypatch)
-    finetune("classify", arguments(checkpoints, things, tmp_path / "moved", resume=True, **fields))
-    assert taken == [12, 13, 14, 15]
-    state = json.loads((tmp_path / "moved" / "seed-0" / "checkpoint-16" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(tmp_path / "moved" / "seed-0" / "checkpoint-4")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -275,6 +240,7 @@ def test_a_file_may_be_named_in_both_ways(tmp_path: Path) -> None:
         ({"learning_rate": -1.0}, "--learning_rate must be at least 0"),
         ({"weight_decay": -3}, "--weight_decay must be at least 0"),
         ({"short_share": 3}, "--short_share must be at most 1"),
+        ({"policy": 0.1, "lora": 2}, "--policy trains the predictors of sac, which --lora leaves as they are"),
         ({"test_split": "train"}, "--train_split train is judged too"),
     ],
 )
@@ -387,13 +353,13 @@ def test_a_few_images_are_chosen_by_what_they_show(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be forgotten on Linux alone")
 def test_memory_that_an_earlier_run_freed_is_not_counted() -> None:
     """In pieces that the allocator keeps for itself, with one that is still used behind them, and in a cycle."""
-    _begin_peak()
-    before = _peak_memory()
+    _begin_peak(torch.device("cpu"))
+    before = _peak_memory(torch.device("cpu"))
     held: list[Any] = [bytearray(b"x" * 50_000) for _ in range(6000)]
     held.append(held)
     last = bytearray(b"x" * 50_000)
-    assert _peak_memory() > before + 250
+    assert _peak_memory(torch.device("cpu")) > before + 250
     del held
-    _begin_peak()
-    assert _peak_memory() < before + 60
+    _begin_peak(torch.device("cpu"))
+    assert _peak_memory(torch.device("cpu")) < before + 60
     assert len(last) == 50_000

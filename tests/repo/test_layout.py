@@ -69,6 +69,8 @@ BENEATH_BACKENDS = {
     "slot_calls",
     "slot_rows",
 }
+# which do not know each other
+SIDE_BY_SIDE = {"hf_sparse.conversion", "hf_sparse.recipes", "hf_sparse.benchmarks"}
 KNOWS_TRANSFORMERS = {
     "hf_sparse.integration",
     "hf_sparse.conversion",
@@ -182,7 +184,7 @@ def arrow_faults(module: str, text: str, *, is_package: bool) -> list[str]:
         if other is None:
             continue
         upward = FLOORS[other] > FLOORS[own] and not (late and (own, other) in LATE_ARROWS)
-        sideways = {own, other} == {"hf_sparse.conversion", "hf_sparse.recipes"}
+        sideways = own != other and {own, other} <= SIDE_BY_SIDE
         pair = backend_of(module), backend_of(name)
         if own == other == "hf_sparse.backends" and None not in pair:
             # A name that is no module is in the folder's __init__, which is there to know every backend.
@@ -291,9 +293,7 @@ def test_no_file_names_a_machine_path_or_a_registry() -> None:
         except UnicodeDecodeError:
             continue
         held += [f"{path.relative_to(ROOT)}: {match}" for match in MACHINE.findall(text)]
-        # The README shows the address that TORCH_INDEX is for.
-        if path.name != "README.md":
-            held += [f"{path.relative_to(ROOT)}: {match}" for match in TORCH_REGISTRY.findall(text)]
+        held += [f"{path.relative_to(ROOT)}: {match}" for match in TORCH_REGISTRY.findall(text)]
     assert held == []
 
 
