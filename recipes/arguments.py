@@ -109,7 +109,9 @@ class RecipeArguments:
     short_share: float = _field(0.5, "Share of the steps in which documents are cut at its length.")
     hidden: float = _field(0.0, "Weight of the squared error of hidden states.")
     attention: float = _field(0.0, "Weight of the squared error of attention outputs.")
-    lora: int = _field(0, "Rank of adapters that are trained, with positions and norms, in the place of all weights.")
+    lora: int = _field(
+        0, "Rank of adapters that are trained, with positions, norms and heads, in the place of all weights."
+    )
     policy: float = _field(0.0, "Weight of the policy loss of SAC's edges.")
     cpc: float = _field(0.0, "Weight of ETC's contrastive loss of segments; the paper has 0.2.")
     seeds: list[int] = field(

@@ -189,8 +189,9 @@ def _check_folder(folder: Path, wanted: dict[str, Any], arguments: RecipeArgumen
         raise RecipeError(f"{folder} is not empty; pass --resume to go on with it, or name another folder by --output")
     held = read_json(folder / BEGUN) if (folder / BEGUN).is_file() else {}
     for field, value in wanted.items():
-        # baselines may be added later, or left away
+        # baselines may be added later, or left away, and older folders do not say how many processes there were
         is_free = field == "baselines" and None in (held.get(field), value)
+        is_free |= field == "processes" and bool(held) and field not in held
         if held.get(field) != value and not is_free:
             raise RecipeError(
                 f"{folder} was begun with {field}={_short(held.get(field))}, not {_short(value)}; name another folder by "

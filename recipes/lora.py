@@ -43,9 +43,13 @@ def add_lora(model: Any, rank: int, made: frozenset[str] = frozenset()) -> Any:
         for name, module in named.items()
         if ("norm" in type(module).__name__.lower() or _is_positions(name)) and name.partition(".")[0] not in heads
     ]
-    # such as a pooler
-    of_made = {name.rpartition(".")[0] for name in made}
-    kept += [name for name in sorted(of_made - {*kept, *adapted, ""}) if name.partition(".")[0] not in heads]
+    # such as a pooler, but nothing around the output embeddings
+    of_made = {name.rpartition(".")[0] for name in made} - {*kept, *adapted, ""}
+    kept += [
+        name
+        for name in sorted(of_made)
+        if name.partition(".")[0] not in heads and all(inner is not shared for inner in named[name].modules())
+    ]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

@@ -1,6 +1,7 @@
 """What a recipe found, as JSON for programs and as a Markdown table for people."""
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -28,16 +29,17 @@ def spread(values: list[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def surroundings(*, use_cpu: bool = False) -> dict[str, Any]:
+def surroundings(*, use_cpu: bool) -> dict[str, Any]:
     """Return versions, device, processes, and the commit of the folder that this runs in; None where that is no checkout."""
     git, commit = shutil.which("git"), None
     if git is not None:
         asked = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = asked.stdout.strip() or None
+    use_cpu |= os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
     packages = (hf_sparse, torch, transformers, accelerate, datasets)
     return {
         "versions": {package.__name__: package.__version__ for package in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not use_cpu else "cpu",
+        "device": "cpu" if use_cpu else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "processes": count_processes(),
         "commit": commit,

@@ -50,7 +50,8 @@ class TokenTrainer(OrderedTrainer):
         total = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), wanted.flatten(), ignore_index=NO_LABEL, reduction="sum"
         )
-        if num_items_in_batch is None:
+        if num_items_in_batch is None or not model.training:
+            # what is judged is this batch alone
             loss = total / (wanted != NO_LABEL).sum().clamp(min=1)
         else:
             # gradients are averaged over processes, and each has a part of the sum

@@ -185,6 +185,8 @@ def _go_on(trainer: Any, checkpoint: str, clock: StepClock, stopping: list[Early
     for one in stopping:
         held = state_of(checkpoint)["stateful_callbacks"][type(one).__name__]
         one.early_stopping_patience_counter = held["attributes"]["early_stopping_patience_counter"]
+    # the others have read what is now written
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         take_home(checkpoint)
     trainer.accelerator.wait_for_everyone()

@@ -118,7 +118,7 @@ def _train(text: str, folder: Path) -> None:
         "first": sum(losses[:20]) / 20,
         "last": sum(losses[-20:]) / 20,
         "seconds": time.perf_counter() - started,
-        **surroundings(),
+        **surroundings(use_cpu=True),
     }
     (folder / "training.json").write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
 

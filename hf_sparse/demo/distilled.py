@@ -76,7 +76,7 @@ def main() -> None:
                 rows.append({"model": key, "when": when, **divergence, **scores})
             rows[-1]["gain"] = [gain.difference, gain.low, gain.high]
             rows[-1]["seconds"] = run["seconds"]
-    held = {"rows": rows, "settings": SETTINGS, "splits": SIZES, **surroundings()}
+    held = {"rows": rows, "settings": SETTINGS, "splits": SIZES, **surroundings(use_cpu=True)}
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "distilled.json").write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
     replace_part(HERE / "README.md", START, END, _lines(held))

@@ -118,7 +118,9 @@ def _measure(held: Any, key: str, source: str, dense: str | None, seed: int) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: found[name] for name in ("task", "splits", "models", "runs")}
     settings = {**SETTINGS, "learning_rate": arguments.learning_rate, **experiment.fields}
-    path.write_text(json.dumps({**kept, "settings": settings, **surroundings()}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**kept, "settings": settings, **surroundings(use_cpu=True)}, indent=2) + "\n", encoding="utf-8"
+    )
     shutil.rmtree(work)
 
 

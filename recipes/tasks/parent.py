@@ -121,7 +121,7 @@ class Task:
         return pad(rows, reading.multiple, fills)
 
     def finish(self, batch: dict[str, Tensor], tokenizer: Any) -> dict[str, Tensor]:
-        """Return a batch with what is drawn anew each time, such as masked tokens."""
+        """Return a batch with what follows from the rest of it, such as labels."""
         return batch
 
     def collator(self, tokenizer: Any, model: PreTrainedModel, reading: Reading) -> Any:

@@ -1,6 +1,7 @@
 """What a launcher says of processes, precision and devices is heeded, or refused."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def test_a_cpu_beside_a_gpu_is_named_as_such(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert [results.surroundings(use_cpu=held)["device"] for held in (True, False)] == ["cpu", "a GPU"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert results.surroundings(use_cpu=False)["device"] == "cpu"
     assert _peak_memory(torch.device("cpu")) > 50
 
 
@@ -71,3 +74,9 @@ def test_a_run_of_two_processes_is_not_gone_on_with_by_one(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="was begun with processes=1, not 2"):
         finetune("classify", dataclasses.replace(held, resume=True))
+    begun = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    begun.pop("processes")
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(begun))
+    monkeypatch.delenv("WORLD_SIZE")
+    # of what was begun before it was written down nothing is known
+    assert finetune("classify", dataclasses.replace(held, resume=True))["runs"]

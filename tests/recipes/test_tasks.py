@@ -194,6 +194,23 @@ def test_what_the_checkpoint_did_not_hold_is_trained_beside_adapters(checkpoints
 
 # peft asks a model by an older name
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_language_head_that_is_new_is_trained_beside_adapters(checkpoints: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="--lora needs hf-sparse[peft]")
+    transformers.AutoModel.from_pretrained(checkpoints / "dense").save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(checkpoints / "dense").save_pretrained(tmp_path / "dense")
+    pattern = hf_sparse.pattern("longformer", window=32)
+    hf_sparse.convert(tmp_path / "dense", tmp_path / "sparse", pattern, max_length=LENGTH, verify=False)
+    dataset = write(tmp_path / "data", plain)
+    (run,) = finetune("mlm", arguments(tmp_path, dataset, tmp_path / "run", lora=2, learning_rate=1e-2))["runs"]
+    assert statistics.fmean(run["losses"][-4:]) < statistics.fmean(run["losses"][:4])
+    model = transformers.AutoModelForMaskedLM.from_pretrained(run["folder"])
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    before = transformers.AutoModel.from_pretrained(tmp_path / "sparse").get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+# peft asks a model by an older name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("key", "settings", "fields"),
     [

@@ -17,6 +17,7 @@ from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.tasks.language import Causal, Masked, MaskingTrainer
+from hf_sparse.recipes.token_loss import NextTokenTrainer, TokenTrainer
 from tests.recipe_cases import FAMILIES, TASKS, Stopped, arguments, break_off, count_steps, plain, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +74,32 @@ def test_the_same_tokens_are_masked_when_a_run_goes_on_inside_an_epoch(
     assert taken == [6, 7]
     assert again["losses"] == whole["losses"]
     assert len(set(whole["losses"])) == 8
+
+
+def test_what_is_judged_is_the_mean_of_its_batch() -> None:
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, -100, 3, 4], [5, -100, -100, -100, 6]])
+    for trainer, said, wanted in (
+        (TokenTrainer, logits, labels),
+        (NextTokenTrainer, logits[:, :-1], labels[:, 1:]),
+    ):
+        losses = torch.nn.functional.cross_entropy(said.transpose(1, 2), wanted, reduction="none")
+        for is_training, count in ((False, (wanted != -100).sum()), (True, 40)):
+            model: Any = Said(logits, is_training)
+            held = trainer.compute_loss(
+                trainer.__new__(trainer), model, {"labels": labels}, num_items_in_batch=torch.tensor(40)
+            )
+            torch.testing.assert_close(held, losses.sum() / count)
+
+
+class Said:
+    """A model that says what it is told to say."""
+
+    def __init__(self, logits: torch.Tensor, is_training: bool) -> None:
+        self.logits, self.training = logits, is_training
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        return {"logits": self.logits}
 
 
 def test_masks_are_drawn_for_each_row_and_anew_in_each_step(tokenizer: Any) -> None:

@@ -206,7 +206,7 @@ def test_a_token_that_is_none_is_not_sent(
 
 def test_results_need_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.shutil, "which", lambda name: None)
-    assert results.surroundings()["commit"] is None
+    assert results.surroundings(use_cpu=True)["commit"] is None
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
