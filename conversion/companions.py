@@ -9,13 +9,18 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import (
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    TOKENIZER_MAPPING_NAMES,
+)
 
 from hf_sparse.conversion.image_processor import name_image_processor, raise_image_size
 from hf_sparse.conversion.source import Checkpoint, read_json
 from hf_sparse.conversion.target import Target
 from hf_sparse.conversion.weights import weight_files
 
+# what takes tokenizer.json as it stands
+_BACKENDS = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
 # folders that hold the dense model in another format, another state of it, or no part of it
 _FOREIGN_FOLDERS = (
     *("onnx", "openvino", "coreml", "tflite", "checkpoint-*", "global_step*", "runs", "wandb"),
@@ -186,17 +191,29 @@ def _raise_sentence_transformer(held: dict[str, Any], length: int) -> None:
 
 
 def _name_tokenizer(held: dict[str, Any], checkpoint: Checkpoint, target: Target) -> None:
-    """Name the tokenizer's class, which transformers would else look up by the model type."""
-    if not held.get("tokenizer_class") and not checkpoint.config.get("tokenizer_class"):
-        origin = checkpoint.origin
-        own = (
-            origin.model_type
-            if origin is not None and origin.model_type in TOKENIZER_MAPPING_NAMES
-            else target.model_type
-        )
-        name = TOKENIZER_MAPPING_NAMES.get(own)
-        if name is not None:
-            held["tokenizer_class"] = name
+    """Name the class that transformers takes for the source, where it looks the model type up: of ours it knows none.
+
+    Of some types (OLMo 2, Phi-3) it reads tokenizer.json as it stands, whatever class a file names, which would cut words in
+    another way; of some it knows that files name another class than theirs.
+    """
+    origin = checkpoint.origin
+    own = (
+        origin.model_type if origin is not None and origin.model_type in TOKENIZER_MAPPING_NAMES else target.model_type
+    )
+    registered = TOKENIZER_MAPPING_NAMES.get(own)
+    named = held.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
+    if (
+        registered is None
+        or "auto_map" in held
+        or (named or "").removesuffix("Fast") == registered.removesuffix("Fast")
+    ):
+        return
+    if not named:
+        held["tokenizer_class"] = registered
+    elif registered in _BACKENDS and not any(path.name == "tekken.json" for path in checkpoint.files):
+        held["tokenizer_class"] = "TokenizersBackend"
+    elif own in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        held["tokenizer_class"] = registered
 
 
 def _separator(checkpoint: Checkpoint, carried: list[PurePosixPath]) -> int | None:

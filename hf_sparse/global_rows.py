@@ -51,10 +51,11 @@ class _WithUnused(torch.autograd.Function):
 
 
 def can_fold(state: nn.Module) -> TypeGuard[GlobalProjections]:
-    """Say whether ``FewRows`` serves a state: whether its projections are plain, not wrapped by an adapter or quantized."""
+    """Say whether ``FewRows`` serves a state: whether its projections are plain: not adapted, quantized or offloaded."""
     if not isinstance(state, GlobalProjections):
         return False
-    return all(type(layer) is nn.Linear for layer in (state.query, state.key, state.value))
+    layers = (state.query, state.key, state.value)
+    return all(type(layer) is nn.Linear and not hasattr(layer, "_hf_hook") for layer in layers)
 
 
 def put_rows(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,19 +6,22 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.integration.layers import self_attention_modules
 from hf_sparse.patterns.edge_predictor import EdgePredictor
+from hf_sparse.patterns.sinkhorn import SortNet
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
     """Return the names of all linear layers of a model's self-attention, for the ``target_modules`` of a ``LoraConfig``.
 
-    Those of SAC's predictors, which are read in another way, are left out. Those of GPT-2 hold their weights the other way
-    round: there ``fan_in_fan_out`` has to be True.
+    Those of SAC's predictors and of Sinkhorn's sorters, which are read in another way, are left out. Those of GPT-2 hold their
+    weights the other way round: there ``fan_in_fan_out`` has to be True.
 
     Args:
         model: a transformers model, dense or sparse.
     """
     inside = tuple(f"{path}." for _, _, path, _ in self_attention_modules(model))
-    predictors = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, EdgePredictor))
+    predictors = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, EdgePredictor | SortNet)
+    )
     return [
         name
         for name, module in model.named_modules()

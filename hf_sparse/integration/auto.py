@@ -19,6 +19,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_sparse.integration.attention import documents_of
 from hf_sparse.integration.buckets import give_distances_
@@ -91,6 +92,29 @@ class SparseModelMixin:
             return given["attention_mask"]
         make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
         return make(**given)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: transformers would take another attention in the place of the sparse one.
+
+        Raises:
+            ValueError: unless the model was loaded, or set, to be dense.
+        """
+        if self.config._attn_implementation == NAME:  # type: ignore[attr-defined]
+            raise ValueError(
+                "continuous batching has attention of its own, which is dense; use generate(), or "
+                "set_attn_implementation('sdpa') for the dense model"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Leave the decoder ids of Whisper as they are, which transformers tells by the type of its config."""
+        held = model_kwargs.get("decoder_input_ids")
+        if self.config.dense_model_type == "whisper" and held is not None:  # type: ignore[attr-defined]
+            return model_kwargs.pop("decoder_input_ids"), model_kwargs
+        make = super()._prepare_decoder_input_ids_for_generation  # type: ignore[misc]
+        return make(batch_size, model_input_name, model_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as any model; with ``push_to_hub`` it is pushed as :meth:`push_to_hub` does, with the same card."""
@@ -187,6 +211,9 @@ def sparse_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     cls = type(f"Sparse{dense.__name__}", (SparseModelMixin, dense), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)
     _share_weight_names(dense.__name__, cls.__name__)
+    if dense.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        # Trainer looks names up there to smooth the labels of next tokens
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = cls.__name__
     return cls
 
 
@@ -271,6 +298,15 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
                 "the dense model it came from"
             )
         held = {name: kwargs.pop(name, None) for name in _TOKEN_INPUTS}
+        if held["document_ids"] is not None and not is_sparse:
+            raise ValueError(
+                f"document_ids reach no attention with attn_implementation={self.config._attn_implementation!r}: documents "
+                "would read one another; load the model with 'hf_sparse', or give each document a row of its own"
+            )
+        if held["document_ids"] is not None and getattr(self.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(self).__name__} reads all documents of a row from its decoder; give each document a row of its own"
+            )
         given = dict(zip(names, args, strict=False)) | kwargs
         if held["global_attention_mask"] is None and is_sparse:
             held["global_attention_mask"] = _default_mask(self, given)

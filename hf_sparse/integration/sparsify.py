@@ -72,6 +72,8 @@ def sparsify_(
     # transformers knows which outputs a class can record from its __init__, which has run as the dense class
     key: Any = str(sparse) if type(_CAN_RECORD_REGISTRY) is dict else model
     _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
+    # adapters would be saved as those of the dense checkpoint that it came from
+    model.name_or_path = ""
     model.set_attn_implementation(NAME)
     start_states(attach(model, entry))
     give_distances_(model, NAME)

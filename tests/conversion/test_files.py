@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
 
 import hf_sparse
 from tests.support.checkpoints import edit_json, tree, write_checkpoint, write_tokenizer
 from tests.support.rounding import assert_within_rounding
+from tests.support.zoo import tiny_of_type
 
 PATTERN = hf_sparse.pattern("longformer", window=8)
 
@@ -142,6 +144,23 @@ def test_the_tokenizer_loads_where_nothing_names_its_class(tmp_path: Path, famil
     assert type(got) is type(want)
     assert got("the river reads")["input_ids"] == want("the river reads")["input_ids"]
     assert got.model_max_length == 300
+
+
+def test_words_are_cut_as_the_source_cuts_them_whatever_class_a_file_names(tmp_path: Path) -> None:
+    """Of OLMo 2 transformers reads tokenizer.json as it stands, though files name GPT-2's class, which cuts otherwise."""
+    source, made = tmp_path / "dense", tmp_path / "sparse"
+    tiny_of_type("olmo2").save_pretrained(source)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "20"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("2", "0")]))
+    split = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.save(str(source / "tokenizer.json"))
+    write(source / "tokenizer_config.json", json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    hf_sparse.convert(source, made, hf_sparse.pattern("band", radius=4), verify=False)
+    want, got = (AutoTokenizer.from_pretrained(folder)("in 2023")["input_ids"] for folder in (source, made))
+    assert vocabulary["20"] not in want
+    assert got == want
 
 
 def test_the_readme_keeps_its_front_matter_and_says_how_to_load(bert: Path, tmp_path: Path) -> None:
