@@ -24,12 +24,13 @@ from hf_sparse.recipes.results import replace_part, spread, surroundings, table
 HERE = Path(recipes.__file__).parent
 RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
-LENGTH = 4096
 PATTERNS: dict[str, Pattern] = {
     "longformer": LONGFORMER,
     "bigbird": BIGBIRD,
     "routing": hf_sparse.pattern("routing", num_clusters=32) | BAND,
 }
+# pattern and length of each model by the name of its files; the baselines stand beside the first
+MODELS = {f"{name}{suffix}": (name, length) for suffix, length in (("", 4096), ("-8192", 8192)) for name in PATTERNS}
 # what stands outside of these two lines is written by hand
 START = (
     "<!-- results: `python -m hf_sparse.demo.long_documents` writes what follows, up to the next line of this kind -->"
@@ -82,16 +83,16 @@ def main() -> None:
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--data", required=True, help="Folder with train.parquet, validation.parquet and test.parquet.")
     parser.add_argument("--models", required=True, type=Path, help="Folder for converted checkpoints; may hold them.")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="Models to train.")
     held = parser.parse_args()
     dense = str(checked_source())
-    for seed in SEEDS:
-        for key, pattern in PATTERNS.items():
-            source = held.models / f"{key}-{LENGTH}"
-            if not source.exists():
-                hf_sparse.convert(dense, source, pattern, max_length=LENGTH, verify=False)
-            # the baselines are of no pattern: they stand beside the first
-            first = key == next(iter(PATTERNS))
-            _measure(held, key, str(source), dense if first else None, seed)
+    for key in held.only:
+        name, length = MODELS[key]
+        source = held.models / f"{name}-{length}"
+        if not source.exists():
+            hf_sparse.convert(dense, source, PATTERNS[name], max_length=length, verify=False)
+        for seed in SEEDS:
+            _measure(held, key, str(source), dense if key == next(iter(MODELS)) else None, seed)
     write_page()
 
 
@@ -135,14 +136,14 @@ def _section(name: str, folder: Path) -> list[str]:
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     models: dict[str, Any] = {}
     runs = []
-    for key in PATTERNS:
+    for key, (pattern, _) in MODELS.items():
         for seed in SEEDS:
             found = files.get(f"{key}-{seed}", {"runs": ()})
             for run in found["runs"]:
                 own = key if run["model"] == "sparse" else run["model"]
                 title = found["models"][run["model"]]["title"]
                 # a union is called by its first member
-                models.setdefault(own, {"title": title if own != key else f"{key}{title[title.index(',') :]}"})
+                models.setdefault(own, {"title": title if own != key else f"{pattern}{title[title.index(',') :]}"})
                 runs.append({**run, "model": own})
     last = next(reversed(files.values()))
     seeds = {key: [str(run["seed"]) for run in runs if run["model"] == key] for key in models}
