@@ -30,6 +30,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     # that of the published checkpoints
     "esm": {"position_embedding_type": "rotary"},
     "minimax": {"sliding_window": None},
+    # most of its layers
+    "minimax_m3_vl_text": {"num_hidden_layers": 2, "layer_types": ["full_attention", "minimax_m3_sparse"]},
     "mobilebert": {"normalization_type": "layer_norm"},
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text"), _IN_THREE),
 }

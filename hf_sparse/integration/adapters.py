@@ -5,8 +5,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.integration.layers import self_attention_modules
-from hf_sparse.patterns.edge_predictor import EdgePredictor
-from hf_sparse.patterns.sinkhorn import SortNet
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
@@ -19,11 +17,8 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
         model: a transformers model, dense or sparse.
     """
     inside = tuple(f"{path}." for _, _, path, _ in self_attention_modules(model))
-    predictors = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, EdgePredictor | SortNet)
-    )
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside) and not name.startswith(predictors)
+        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside)
     ]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.attention import sparse_attention
-from hf_sparse.integration.layers import LayerTag, is_cross_attention, tag_of
-from hf_sparse.integration.mask import SparseMask
+from hf_sparse.integration.layers import EVERYTHING, LayerTag, heads_here, is_cross_attention, num_heads_of, tag_of
+from hf_sparse.integration.mask import SparseMask, documents_of
 from hf_sparse.integration.windows import check_window
 from hf_sparse.patterns import Band, Pattern
 
@@ -34,6 +34,8 @@ def attend(
     sliding_window: int | None = None,
     head_offset: int = 0,
     num_heads: int | None = None,
+    block_indices: Tensor | None = None,
+    packing_is_told: bool = False,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend along the pattern of a tagged module; registered as ``hf_sparse``.
@@ -56,7 +58,9 @@ def attend(
         s_aux: attention sinks, as gpt-oss passes them.
         sliding_window: the model's own; honoured where the pattern of the layer stays inside, else refused.
         head_offset: index of the first head held here, where ranks share a layer's heads.
-        num_heads: heads of the whole layer; None where all are here.
+        num_heads: heads of the whole layer; None where all are here, or those that tensor parallelism left.
+        block_indices: blocks that the model chooses by itself (MiniMax-M3), which is refused.
+        packing_is_told: whether ``document_ids`` says all there is to say about packing, where the mask cannot.
 
     Returns:
         Output ``[B, T, H, Dv]``, and None in the place of attention weights.
@@ -66,11 +70,14 @@ def attend(
     """
     tag = tag_of(module)
     if tag is None:
-        raise ValueError(
-            f"attn_implementation='hf_sparse' reached {type(module).__name__}, which belongs to no sparse model: its config "
-            "has no sparse_attention entry; use hf_sparse.sparsify_(model, pattern) or convert the checkpoint"
-        )
+        raise ValueError(_why_untagged(module))
+    if block_indices is not None:
+        raise ValueError(f"{type(module).__name__} chooses blocks of keys by itself, which hf_sparse does not honour")
+    if num_heads is None:
+        head_offset, num_heads = heads_here(module, query.shape[1])
     mask = read_mask(attention_mask, module, is_causal)
+    if mask.may_be_packed and not packing_is_told and document_ids is None:
+        document_ids = _documents_behind(module, position_ids, key)
     window = sliding_window if mask.window is None else mask.window
     _refuse(module, mask, window)
     has_nodes = tag.pattern is not None and tag.pattern.has_lasting_nodes
@@ -91,7 +98,7 @@ def attend(
         is_cross = tag.stack == "cross"
         if document_ids is not None and not is_cross:
             mask = dataclasses.replace(mask, document_ids=document_ids)
-        out = attend_densely(query, key, value, mask, window, dropout, scaling, terms, is_cross=is_cross)
+        out = attend_densely(query, key, value, mask, window, dropout, scaling, terms, is_cross=is_cross, band=tag.band)
         return out.transpose(1, 2).contiguous(), None
     hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
     if hidden_states is not None:
@@ -132,6 +139,27 @@ def attend(
     return attended.transpose(1, 2).contiguous(), None
 
 
+def _why_untagged(module: nn.Module) -> str:
+    said = f"attn_implementation='hf_sparse' reached {type(module).__name__}, which belongs to no sparse model: "
+    if getattr(getattr(module, "config", None), "sparse_attention", None) is None:
+        return f"{said}its config has no sparse_attention entry; use hf_sparse.sparsify_(model, pattern) or convert it"
+    return (
+        f"{said}a sparse checkpoint was loaded by a dense class, as sentence-transformers does with encoders of T5; load it "
+        "with AutoModel or another Auto class, or call hf_sparse.sparsify_(model, pattern) on what was loaded"
+    )
+
+
+def _documents_behind(module: nn.Module, position_ids: Tensor | None, key: Tensor) -> Tensor | None:
+    """Return documents where a mask was compiled apart from the model, so that it cannot tell them."""
+    documents = None if position_ids is None else documents_of(position_ids, key.shape[0], key.shape[2])
+    if documents is None:
+        raise ValueError(
+            f"{type(module).__name__}: whether rows are packed cannot be seen where a part of the model is compiled; compile "
+            "all of it, or pass attention_mask"
+        )
+    return documents
+
+
 class NamedPattern:
     """The attention function of ``hf_sparse:<key>``: one pattern with its defaults on a dense model, for this process."""
 
@@ -163,6 +191,15 @@ class NamedPattern:
             raise ValueError(
                 f"{type(module).__name__} of an encoder-decoder does not tell its attention name whether it reads the encoder; "
                 "use hf_sparse.sparsify_(model, pattern)"
+            )
+        total = num_heads_of(module, getattr(module, "config", None))
+        is_spread = (
+            torch.distributed.is_available() and torch.distributed.is_initialized() and "num_heads" not in kwargs
+        )
+        if is_spread and total is not None and query.shape[1] < total:
+            raise ValueError(
+                f"{query.shape[1]} of {total} heads are on this rank, and an attention name does not know which; use "
+                "hf_sparse.sparsify_(model, pattern), or load the model without tp_plan"
             )
         if not self.has_warned and not torch.compiler.is_compiling():
             self.has_warned = True
@@ -299,16 +336,6 @@ def _with_nodes(pattern: Pattern, mask: SparseMask, key: Tensor, document_ids: T
     return dataclasses.replace(mask, padding=padding)
 
 
-def documents_of(position_ids: Tensor, batch: int, tokens: int) -> Tensor | None:
-    """Return documents where the positions run in several stretches that all start at the same number, else one."""
-    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
-        return None
-    first = position_ids[:, :1]
-    starts = torch.diff(position_ids, dim=1, prepend=first - 1) != 1
-    is_packed = (~starts | (position_ids == first)).all()
-    return ((starts & is_packed).cumsum(1)).expand(batch, -1)
-
-
 def refuse_packed(pattern: Pattern) -> NoReturn:
     """Refuse rows of several documents.
 
@@ -332,20 +359,22 @@ def attend_densely(
     terms: dict[str, Any],
     *,
     is_cross: bool,
+    band: Band = EVERYTHING,
 ) -> Tensor:
     """Attend as the dense layer does: cross-attention, and layers declared dense.
 
     What torch's own attention has no argument for runs along a band: a sliding window of the model's own, a cap, sinks, and a
-    bias by distance.
+    bias by distance. In a compiled graph no pattern can be made, so ``band`` is one that is at hand.
     """
     bias = terms.pop("bias")
+    radius = EVERYTHING.radius if window is None else window - 1
     if not is_cross and (window is not None or any(term is not None for term in terms.values())):
         query_positions, key_positions = mask.positions(key.shape[0], from_first=True)
         attended: Any = sparse_attention(
             query,
             key,
             value,
-            Band(radius=(window or key.shape[2]) - 1),
+            band if band.radius == radius else Band(radius=radius),
             is_causal=mask.is_causal,
             key_padding_mask=mask.padding,
             document_ids=mask.document_ids,

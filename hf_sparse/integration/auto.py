@@ -21,17 +21,18 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_sparse.integration.attention import documents_of
 from hf_sparse.integration.buckets import give_distances_
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.families import FAMILIES
 from hf_sparse.integration.global_defaults import default_global_mask
-from hf_sparse.integration.layers import attach, self_attention_modules, start_states, tag_of
+from hf_sparse.integration.layers import attach, self_attention_modules, share_heads_, start_states, tag_of
+from hf_sparse.integration.mask import documents_of
 from hf_sparse.integration.nodes import add_nodes, reset_nodes
 from hf_sparse.integration.positions import lengthen_, limits
 from hf_sparse.integration.pushing import push_model
 from hf_sparse.integration.register import NAME
 from hf_sparse.integration.remote_code import auto_map_of, write_code
+from hf_sparse.patterns import Pattern
 
 # what sparse attention takes beside a model's own inputs, all [batch, tokens]; and what else to do where it cannot be passed on
 _TOKEN_INPUTS = {
@@ -159,7 +160,12 @@ class SparseModelMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load as any model; a dense checkpoint that is shorter than ``config`` asks for gets longer positions."""
-        load = super().from_pretrained  # type: ignore[misc]
+        loaded = cls._loaded(super().from_pretrained, pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
+        share_heads_(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @staticmethod
+    def _loaded(load: Any, pretrained_model_name_or_path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
         if not isinstance(config, PreTrainedConfig):
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         hub = {
@@ -311,7 +317,7 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
         if held["global_attention_mask"] is None and is_sparse:
             held["global_attention_mask"] = _default_mask(self, given)
         if held["document_ids"] is None and is_sparse:
-            held["document_ids"] = _packed_documents(given)
+            held["document_ids"] = _packed_documents(self, given)
         for name, value in held.items():
             if value is None:
                 continue
@@ -323,6 +329,8 @@ def _forward_of(dense: type[PreTrainedModel]) -> Callable[..., Any]:
                     f"{transformers.__version__} passes it on to no attention{_TOKEN_INPUTS[name]}"
                 )
             kwargs[name] = value.flatten(0, -2)
+        if is_sparse and torch.compiler.is_compiling() and self.__dict__.get("_sparse_closed") is None:
+            kwargs["packing_is_told"] = True
         return dense.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])  # type: ignore[attr-defined]
@@ -333,21 +341,41 @@ def _default_mask(model: Any, given: dict[str, Any]) -> Tensor | None:
     inputs = {name: given.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values")}
     if not any(isinstance(value, Tensor) for value in inputs.values()):
         return None
-    tags = [tag_of(module) for *_, module in self_attention_modules_cached(model)]
-    patterns = [tag.pattern for tag in tags if tag is not None and tag.pattern is not None]
     mask = given.get("attention_mask")
-    return default_global_mask(type(model).__name__, model.config, patterns, attention_mask=mask, **inputs)
+    return default_global_mask(type(model).__name__, model.config, _patterns_of(model), attention_mask=mask, **inputs)
 
 
-def _packed_documents(given: dict[str, Any]) -> Tensor | None:
-    """Return the documents of rows whose position ids start over; transformers looks for such only where it makes no cache."""
+def _patterns_of(model: Any) -> list[Pattern]:
+    """Return the patterns of a model's layers, in order."""
+    tags = [tag_of(module) for *_, module in self_attention_modules_cached(model)]
+    return [tag.pattern for tag in tags if tag is not None and tag.pattern is not None]
+
+
+def _packed_documents(model: Any, given: dict[str, Any]) -> Tensor | None:
+    """Return the documents of rows whose position ids start over; transformers looks for such only where it makes no cache.
+
+    While compiling nobody knows whether any do: documents are returned as if, and a model that could not honour them checks
+    when it runs.
+    """
     positions, tokens = given.get("position_ids"), given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     is_other = given.get("attention_mask") is not None or given.get("past_key_values") is not None
-    if not isinstance(positions, Tensor) or not isinstance(tokens, Tensor) or is_other or torch.compiler.is_compiling():
+    if not isinstance(positions, Tensor) or not isinstance(tokens, Tensor) or is_other:
         return None
+    if positions.dim() == 3 and positions.shape[0] == 4:
+        # those of the text, before those in time, height and width
+        positions = positions[0]
     documents = documents_of(positions, tokens.shape[0], tokens.shape[1])
-    return documents if documents is not None and bool(documents.any()) else None
+    if documents is None or not torch.compiler.is_compiling():
+        return documents if documents is not None and bool(documents.any()) else None
+    has_nodes = any(pattern.has_lasting_nodes and not pattern.takes_segments for pattern in _patterns_of(model))
+    if model.__dict__.get("_sparse_closed") is None and not has_nodes:
+        return documents
+    torch._assert_async(
+        documents.any().logical_not(),
+        f"position_ids say that rows are packed, which {type(model).__name__} cannot honour; give each document its own row",
+    )
+    return None
 
 
 def self_attention_modules_cached(model: nn.Module) -> list[tuple[str, int, str, nn.Module]]:

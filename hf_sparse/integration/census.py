@@ -16,7 +16,7 @@ WORKS: dict[str, str] = {
         "glm_image_text glm_ocr_text gpt_neox gpt_oss granite granite_docling_text granite_swa granitemoe "
         "granitemoe_swa granitemoeshared gte helium higgs_audio_v2 hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
         "hyperclovax internlm3 iquestcoder jais2 jetmoe jina_embeddings_v3 kolibri1 laguna lfm2 lfm2_moe lfm3 llama "
-        "llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral "
+        "llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral "
         "ministral3 mistral mistral4 mixtral modernbert modernbert-decoder molmo2_text muse_glimmer_text "
         "muse_spark_text nanochat nemotron nomic_bert olmo olmo2 olmo3 olmoe openai_privacy_filter persimmon phi phi3 "
         "phimoe qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe "
@@ -99,6 +99,7 @@ REFUSED: dict[str, str] = {
     ),
     "some of its layers compute attention by themselves": "longt5 pegasus_x",
     "a tiny copy of it does not run with our mask and our attention": "doge dots3_note_text",
+    "it has an attention mask of its own that sparse attention does not honour": "minimax_m3_vl_text",
     "wide open it does not say what its source says": "falcon_h1",
     "its positions do not begin at the first row of their table": "markuplm",
 }

@@ -12,12 +12,16 @@ from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.buckets import has_buckets
 from hf_sparse.integration.entry import Entry
 from hf_sparse.integration.windows import check_window, window_of
-from hf_sparse.patterns import Pattern
+from hf_sparse.patterns import Band, Pattern
 from hf_sparse.patterns.projections import GlobalProjections
 
 # names of the query, key and value projections of a self-attention module
 _PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
 _CROSS_NAMES = ("encoder_attn", "crossattention", "EncDecAttention")
+
+
+# farther than any key is
+EVERYTHING = Band(radius=2**40)
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class LayerTag:
         pattern: None where the layer stays dense (cross-attention always does).
         index: of the layer among the self-attention modules of its stack.
         stack: "encoder" or "decoder" in a model that has both, "cross" for cross-attention, else "".
+        band: what a dense layer reads: its sliding window, or everything.
     """
 
     pattern: Pattern | None
     index: int
     stack: str = ""
+    band: Band = EVERYTHING
 
 
 def tag_of(module: nn.Module) -> LayerTag | None:
@@ -121,7 +127,9 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
     fresh = []
     for stack, index, _, module in modules:
         pattern = entry.pattern_of(stack, index)
-        set_tag(module, LayerTag(pattern, index, stack))
+        window = window_of(model.config, numbered(module, index), is_causal=is_causal(module))
+        band = EVERYTHING if pattern is not None or window is None else Band(radius=window - 1)
+        set_tag(module, LayerTag(pattern, index, stack, band))
         if pattern is not None and _own_state(module, pattern):
             fresh.append(module)
     for name, module in model.named_modules():
@@ -185,6 +193,32 @@ def num_heads_of(module: nn.Module, config: Any) -> int | None:
     return heads
 
 
+def share_heads_(model: nn.Module) -> None:
+    """Tell each layer which of its heads are here, where transformers' tensor parallelism spreads them over ranks.
+
+    Raises:
+        UnsupportedModelError: if a layer owns weights of its pattern, which transformers does not spread.
+    """
+    size = getattr(model, "_tp_size", None) or 1
+    if size == 1:
+        return
+    mesh: Any = model._device_mesh
+    rank = (mesh if mesh.ndim == 1 else mesh["tp"]).get_local_rank()
+    for _, index, _, module in self_attention_modules(model):
+        if isinstance(getattr(module, "sparse_state", None), nn.Module):
+            raise UnsupportedModelError(
+                f"layer {index}: its pattern owns weights ({type(module.sparse_state).__name__}), which tensor parallelism "
+                "does not spread; load the model without tp_plan, or convert it with a pattern that owns none"
+            )
+        module.__dict__["_sparse_share"] = rank, size, num_heads_of(module, model.config)
+
+
+def heads_here(module: Any, count: int) -> tuple[int, int | None]:
+    """Return the first of ``count`` heads that are here and how many the layer has; 0 and None where all are here."""
+    rank, size, total = module.__dict__.get("_sparse_share", (0, 1, None))
+    return (rank * count, total) if size > 1 and count * size == total else (0, None)
+
+
 def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """Return the query, key and value projections of a self-attention module.
 
@@ -212,6 +246,7 @@ def start_states(modules: list[nn.Module]) -> None:
                     state.reset()
                 continue
             for name, source in zip(("query", "key", "value"), projections(module), strict=True):
+                _refuse_quantized(module, source.weight)
                 target = getattr(module.sparse_state, name)
                 for parameter, value in ((target.weight, source.weight), (target.bias, source.bias)):
                     if not getattr(parameter, "_is_hf_initialized", False):
@@ -242,9 +277,19 @@ def _own_state(module: nn.Module, pattern: Pattern) -> bool:
                 "own would miss; set global_projections=False or relay_projections=False"
             )
     weight = next(module.parameters())
+    _refuse_quantized(module, weight)
     module.sparse_state = state.to(device=weight.device, dtype=weight.dtype)
     module.register_forward_pre_hook(_hand_over_hidden_states, with_kwargs=True)
     return True
+
+
+def _refuse_quantized(module: nn.Module, weight: Tensor) -> None:
+    """Refuse to start weights of a pattern beside quantized ones, whose dtype and numbers are not those of the layer."""
+    if weight.dtype.itemsize < 2:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is quantized ({weight.dtype}), and its pattern owns weights that start from plain ones; "
+            "convert the plain checkpoint first, then load the sparse one quantized"
+        )
 
 
 def _sizes(module: nn.Module) -> dict[str, int]:

@@ -22,6 +22,7 @@ class SparseMask:
         query_index: int64 ``[T]``, where the queries stand in the padded row; None where they are the last ones.
         key_index: int64 ``[S]``, where the keys stand, given with ``query_index``.
         first: int64 ``[B, 1]``, where the first real token stands, given with ``query_index``; None where that is 0.
+        may_be_packed: whether rows may hold several documents that ``document_ids`` does not tell.
     """
 
     padding: Tensor | None
@@ -32,6 +33,7 @@ class SparseMask:
     query_index: Tensor | None = None
     key_index: Tensor | None = None
     first: Tensor | None = None
+    may_be_packed: bool = False
 
     def to(self, *args: Any, **kwargs: Any) -> "SparseMask":
         """Return the mask with its tensors moved, as ``Tensor.to`` would (dtypes stay)."""
@@ -62,6 +64,7 @@ class _Rule:
     document_ids: Tensor | None = None
     window: int | None = None
     refusal: str | None = None
+    may_be_packed: bool = False
 
 
 def sparse_mask(
@@ -75,7 +78,7 @@ def sparse_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     device: torch.device | str | None = None,
-    **_kwargs: Any,
+    **given: Any,
 ) -> SparseMask:
     """Make the mask of one forward pass; registered with transformers' ``AttentionMaskInterface``.
 
@@ -89,18 +92,23 @@ def sparse_mask(
         attention_mask: bool ``[B, tokens so far]``, True = a real token.
         local_size: the model's own sliding window or chunk.
         device: where the tokens are.
+        given: what else transformers tells masks: whether the rule was changed, and which could be left out.
 
     Returns:
         The mask. What cannot be honoured is told by the layer that would have to, since a dense layer may.
     """
-    rule = _read(mask_function)
+    rule = (_read_unopened(mask_function, local_size, given) if torch.compiler.is_compiling() else None) or _read(
+        mask_function
+    )
     refusal = rule.refusal
     if local_size is not None and rule.window is None:
         refusal = f"the model's own sliding window or chunk of {local_size} tokens"
     padding, end = attention_mask, kv_offset + kv_length
     if padding is not None and padding.shape[-1] < end:
         padding = torch.nn.functional.pad(padding, (0, end - padding.shape[-1]))
-    mask = SparseMask(padding, rule.is_causal, rule.document_ids, refusal, rule.window)
+    mask = SparseMask(
+        padding, rule.is_causal, rule.document_ids, refusal, rule.window, may_be_packed=rule.may_be_packed
+    )
     # where the queries are the last keys and no key was dropped, the shapes say all
     is_told = not rule.is_causal or (
         not isinstance(q_offset, Tensor) and not kv_offset and q_offset + q_length == kv_length
@@ -156,3 +164,28 @@ def _read(function: Callable[..., Any]) -> _Rule:
         # this one counts how far the farthest key is
         return _Rule(window=int(held["sliding_window"]) + 1)
     return _Rule(refusal=f"the mask function {name}")
+
+
+def _read_unopened(function: Callable[..., Any], local_size: int | None, given: dict[str, Any]) -> _Rule | None:
+    """Return what a mask function says by what transformers calls it with; None where that does not tell.
+
+    Compilers do not look into the functions that one is made of.
+    """
+    if function is causal_mask_function or function is bidirectional_mask_function:
+        return None
+    is_chunked = getattr(given.get("config"), "attention_chunk_size", None) is not None
+    if given.get("use_vmap", True) or is_chunked or not function.__qualname__.startswith("and_masks."):
+        return None
+    if "allow_is_bidirectional_skip" in given:
+        return _Rule(window=None if local_size is None else int(local_size) + 1)
+    return _Rule(is_causal=True, window=local_size, may_be_packed=not given.get("allow_is_causal_skip"))
+
+
+def documents_of(position_ids: Tensor, batch: int, tokens: int) -> Tensor | None:
+    """Return documents where the positions run in several stretches that all start at the same number, else one."""
+    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+        return None
+    first = position_ids[:, :1]
+    starts = torch.diff(position_ids, dim=1, prepend=first - 1) != 1
+    is_packed = (~starts | (position_ids == first)).all()
+    return ((starts & is_packed).cumsum(1)).expand(batch, -1)

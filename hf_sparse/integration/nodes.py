@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hf_sparse.attention import check_segments_are_known
 from hf_sparse.errors import UnsupportedModelError
-from hf_sparse.integration.attention import documents_of, refuse_packed
+from hf_sparse.integration.attention import refuse_packed
 from hf_sparse.integration.layers import self_attention_modules, tag_of
+from hf_sparse.integration.mask import documents_of
 from hf_sparse.integration.register import NAME
 from hf_sparse.node_means import node_places, span_means
 from hf_sparse.patterns import Pattern

@@ -16,7 +16,7 @@ from hf_sparse.integration.buckets import give_distances_
 from hf_sparse.integration.entry import Entry, make_entry
 from hf_sparse.integration.families import family_of
 from hf_sparse.integration.hub import clean_token
-from hf_sparse.integration.layers import attach, check_entry, self_attention_modules, start_states
+from hf_sparse.integration.layers import attach, check_entry, self_attention_modules, share_heads_, start_states
 from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
 from hf_sparse.integration.positions import wanted_limits
 from hf_sparse.integration.register import NAME
@@ -76,6 +76,7 @@ def sparsify_(
     model.name_or_path = ""
     model.set_attn_implementation(NAME)
     start_states(attach(model, entry))
+    share_heads_(model)
     give_distances_(model, NAME)
     add_nodes(model)
     reset_nodes(model)

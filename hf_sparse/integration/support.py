@@ -23,8 +23,8 @@ _PROBE = "hf_sparse:probe"
 def check_obeys(model_class: type[nn.Module], config: Any) -> None:
     """Check that a model hands its attention and its padding to the attention interface.
 
-    First by structure, then by counting: a tiny copy of the model (two layers, small vocabulary, random weights) runs
-    once on a padded batch, and every self-attention module must have called, with the padding.
+    First by structure, then by counting: a tiny copy of the model (two layers and one of each kind, small vocabulary, random
+    weights) runs once on a padded batch, and every self-attention module must have called, with the padding.
 
     Args:
         model_class: a transformers model class.
@@ -116,10 +116,23 @@ def _attends_alone(path: str, module: nn.Module) -> bool:
 
 def _tiny_config(config: Any, *, most_layers: int) -> Any:
     tiny = copy.deepcopy(config)
+    kinds = list(getattr(tiny, "layer_types", None) or ())
+    if len(kinds) > most_layers and len(kinds) == config.num_hidden_layers:
+        # what stands first may be of one kind, and have no attention
+        kept = kinds[:most_layers]
+        tiny.layer_types = kept + [kind for kind in dict.fromkeys(kinds) if kind not in kept]
+        most_layers = len(tiny.layer_types)
     for field in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(most_layers, getattr(tiny, field)))
-    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "d_ff"):
+    for field in (
+        "intermediate_size",
+        "moe_intermediate_size",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "ffn_dim",
+        "d_ff",
+    ):
         # what stands beside attention is most of a large model
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(64, getattr(tiny, field)))
@@ -172,13 +185,15 @@ def _probing() -> Iterator[tuple[dict[int, bool], dict[int, str]]]:
     calls: dict[int, bool] = {}
     refusals: dict[int, str] = {}
 
-    def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any) -> Any:
+    def probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any) -> Any:
         mask = attention_mask
         brings = isinstance(mask, SparseMask) and mask.padding is not None
         brings |= isinstance(mask, Tensor) and mask.dim() in (2, 4)
         calls[id(module)] = brings and calls.get(id(module), True)
         if isinstance(mask, SparseMask) and mask.refusal is not None:
             refusals[id(module)] = mask.refusal
+        if given.get("block_indices") is not None:
+            refusals[id(module)] = "blocks of keys that it chooses by itself"
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(_PROBE, probe)

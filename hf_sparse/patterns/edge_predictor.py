@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from hf_sparse.patterns.plain_linear import PlainLinear
+
 # the first distance, in nodes, of each bucket behind that of 0: single ones up to 8, then half a power of two each
 FIRST_DISTANCES = (*range(1, 9), *(math.ceil(8 * 2 ** (step / 2)) for step in range(1, 8)))
 BUCKETS = 2 * (len(FIRST_DISTANCES) + 1)
@@ -68,11 +70,11 @@ class EdgePredictor(nn.Module):
 
     def __init__(self, hidden_size: int, heads: int, size: int) -> None:
         super().__init__()
-        self.enter = nn.Linear(hidden_size, size)
+        self.enter = PlainLinear(hidden_size, size)
         # output and cell
         self.start = nn.Parameter(torch.empty(2, heads, size))
         self.lstm = nn.LSTMCell(size, size)
-        self.pointer = nn.Linear(size, size)
+        self.pointer = PlainLinear(size, size)
         self.distance_bias = nn.Parameter(torch.empty(heads, BUCKETS))
         self.distance_code = nn.Parameter(torch.empty(BUCKETS, size))
         self.is_recording = self.is_imitating = False

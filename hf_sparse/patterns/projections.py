@@ -56,5 +56,6 @@ class RelayProjections(GlobalProjections):
 
     def finish(self, rows: Tensor) -> Tensor:
         merged = rows.transpose(1, 2).flatten(2)
-        added = self.output(merged.to(self.output.weight.dtype)).to(rows.dtype)
+        # the weight may be quantized
+        added = self.output(merged.to(self.output.bias.dtype)).to(rows.dtype)
         return rows + added.unflatten(2, (rows.shape[1], -1)).transpose(1, 2)

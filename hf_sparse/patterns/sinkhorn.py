@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_sparse.patterns.content import Content, ContentPattern, block_means, block_sums, up_to_first
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count, check_switch
+from hf_sparse.patterns.plain_linear import PlainLinear
 from hf_sparse.slots import Assignment, Slots, cut
 
 
@@ -203,15 +204,15 @@ class SortNet(nn.Module):
     def __init__(self, hidden_size: int, heads: int, max_blocks: int) -> None:
         super().__init__()
         self.heads, self.max_blocks = heads, max_blocks
-        self.inner = nn.Linear(hidden_size, hidden_size)
-        self.outer = nn.Linear(hidden_size, heads * max_blocks)
+        self.inner = PlainLinear(hidden_size, hidden_size)
+        self.outer = PlainLinear(hidden_size, heads * max_blocks)
         self.reset()
 
     def reset(self) -> None:
         """Start with no preference to speak of, the same in every process."""
         with torch.no_grad():
             for layer in (self.inner, self.outer):
-                generator = torch.Generator().manual_seed(layer.out_features)
+                generator = torch.Generator().manual_seed(layer.weight.shape[0])
                 drawn = torch.randn(layer.weight.shape, generator=generator, device="cpu")
                 layer.weight.copy_(0.02 * drawn)
                 layer.bias.zero_()
@@ -226,9 +227,7 @@ class SortNet(nn.Module):
         if blocks > self.max_blocks:
             raise ValueError(f"{blocks} blocks are more than max_blocks={self.max_blocks} of the learned sort_net")
         pooled = hidden_states.cumsum(1)[:, ::size] if is_causal else block_sums(hidden_states, size)
-        weights = [(layer.weight.to(pooled.dtype), layer.bias.to(pooled.dtype)) for layer in (self.inner, self.outer)]
-        hidden = nn.functional.linear(pooled, *weights[0]).relu()
-        scores = nn.functional.linear(hidden, *weights[1]).unflatten(-1, (self.heads, self.max_blocks))
+        scores = self.outer(self.inner(pooled).relu()).unflatten(-1, (self.heads, self.max_blocks))
         return scores[..., :blocks].transpose(1, 2)
 
 

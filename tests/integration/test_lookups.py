@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, T5EncoderModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_sparse
 from hf_sparse.global_rows import can_fold
+from hf_sparse.integration.attention import attend
 from tests.support.models import tiny_batch, tiny_model
 from tests.support.zoo import tiny_of_type
 
@@ -73,6 +74,93 @@ def test_sorters_are_not_adapted() -> None:
     names = hf_sparse.lora_targets(hf_sparse.sparsify_(tiny_model("Bert"), pattern))
     assert names
     assert not any("sparse_state" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        hf_sparse.pattern("sinkhorn", block_size=8, sort_net="learned", max_blocks=16),
+        hf_sparse.pattern("sac"),
+    ],
+    ids=lambda pattern: pattern.key,
+)
+def test_quantizers_find_no_layers_that_a_pattern_reads_by_itself(pattern: hf_sparse.Pattern) -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), pattern)
+    states = [module for name, module in model.named_modules() if name.endswith("sparse_state")]
+    assert states
+    assert not any(isinstance(module, torch.nn.Linear) for state in states for module in state.modules())
+
+
+class _Quantized(torch.nn.Linear):
+    """As bitsandbytes has it: int8 weights that mean nothing without their scales, a plain bias."""
+
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features)
+        scale = plain.weight.detach().abs().amax() / 127
+        self.weight = torch.nn.Parameter((plain.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.bias, self.scale = plain.bias, scale
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        assert inputs.is_floating_point()
+        return torch.nn.functional.linear(inputs, self.weight * self.scale, self.bias)
+
+
+def test_quantized_relays_say_nearly_what_plain_ones_say() -> None:
+    pattern = hf_sparse.pattern("star", relay_projections=True)
+    model = hf_sparse.sparsify_(tiny_model("Bert"), pattern)
+    batch = tiny_batch(24, padding=0)
+    for name, module in model.named_modules():
+        if name.endswith("sparse_state"):
+            torch.nn.init.normal_(module.output.weight, std=0.2)  # type: ignore[arg-type]
+    with torch.no_grad():
+        plain = model(**batch).last_hidden_state
+        for name, module in model.named_modules():
+            if name.endswith("sparse_state"):
+                module.output = _Quantized(module.output)  # type: ignore[arg-type]
+        quantized = model(**batch).last_hidden_state
+    assert 0 < (quantized - plain).abs().max() < 0.02 * plain.abs().max()
+
+
+def test_weights_do_not_start_from_quantized_ones() -> None:
+    model: Any = tiny_model("Bert")
+    for layer in model.encoder.layer:
+        for name in ("query", "key", "value"):
+            setattr(layer.attention.self, name, _Quantized(getattr(layer.attention.self, name)))
+    with pytest.raises(hf_sparse.UnsupportedModelError, match=r"quantized \(torch.int8\).*then load the sparse one"):
+        hf_sparse.sparsify_(model, hf_sparse.pattern("longformer", window=8))
+
+
+def test_layers_of_each_kind_are_tried() -> None:
+    # those that stand first have no self-attention
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    model = hf_sparse.sparsify_(tiny_of_type("qwen3_next", layer_types=kinds, num_hidden_layers=4), BAND)
+    assert model.config.model_type == "sparse_qwen3_next"
+
+
+def test_blocks_that_a_model_chooses_are_not_dropped() -> None:
+    kinds = ["full_attention"] * 3 + ["minimax_m3_sparse"]
+    model: Any = tiny_of_type("minimax_m3_vl_text", layer_types=kinds, num_hidden_layers=4)
+    with pytest.raises(hf_sparse.UnsupportedModelError, match="has blocks of keys that it chooses by itself"):
+        hf_sparse.sparsify_(model, BAND)
+    bert: Any = hf_sparse.sparsify_(tiny_model("Bert"), BAND)
+    states = torch.randn(1, 4, 16, 8)
+    with pytest.raises(ValueError, match="chooses blocks of keys by itself"):
+        attend(bert.encoder.layer[0].attention.self, states, states, states, None, block_indices=states)
+
+
+def test_a_sparse_checkpoint_in_a_dense_class_is_told_as_such(tmp_path: Path) -> None:
+    # as sentence-transformers loads encoders of T5
+    hf_sparse.sparsify_(tiny_of_type("t5"), BAND).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    ids = torch.arange(5, 25)[None]
+    dense = T5EncoderModel.from_pretrained(tmp_path, config=config).eval()
+    with pytest.raises(ValueError, match="a sparse checkpoint was loaded by a dense class"), torch.no_grad():
+        dense(ids)
+    # what it says to do
+    whole: Any = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        wanted = whole.encoder(ids).last_hidden_state
+        assert torch.equal(hf_sparse.sparsify_(dense, BAND)(ids).last_hidden_state, wanted)
 
 
 def test_dense_attention_of_continuous_batching_is_refused() -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import hf_sparse
 from hf_sparse.integration.mask import SparseMask, sparse_mask
 from tests.support.models import FAMILIES, tiny_batch, tiny_model
+from tests.support.zoo import tiny_of_type
 
 PATTERN = hf_sparse.pattern("band", radius=3) | hf_sparse.pattern("global")
 
@@ -69,6 +70,68 @@ def test_positions_that_only_look_packed_are_one_document() -> None:
         hidden(model, input_ids=ids, position_ids=positions),
         hidden(model, input_ids=ids, position_ids=positions, document_ids=one),
     )
+
+
+@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+def test_compiled_models_keep_packed_documents_apart(family: str) -> None:
+    model = hf_sparse.sparsify_(tiny_model(family), PATTERN)
+    ids = tiny_batch(30, rows=1, padding=0)["input_ids"]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    for lengths in ((11, 4, 15), (30,)):
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        separate = torch.cat([hidden(model, input_ids=part) for part in ids.split(lengths, 1)], 1)
+        assert_equal_to_rounding(hidden(compiled, input_ids=ids, position_ids=positions), separate)
+    torch._dynamo.reset()
+
+
+# causal, and with sliding windows; dense layers beside sparse ones
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "modernbert", "t5"])
+def test_a_compiled_model_is_one_graph_whatever_its_masks(model_type: str) -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if model_type in ("gemma2", "modernbert") else {}
+    layer = "encoder.0" if model_type == "t5" else 0
+    model = hf_sparse.sparsify_(
+        tiny_of_type(model_type, **kinds), hf_sparse.pattern("band", radius=3), layers={layer: "dense"}
+    )
+    ids = tiny_batch(30, rows=1, padding=0)["input_ids"] % 60
+    given: dict[str, Any] = {"input_ids": ids} | (
+        {"decoder_input_ids": ids} if model_type == "t5" else {"use_cache": False}
+    )
+    packed = {**given, "position_ids": torch.arange(30)[None] % 12}
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    for inputs in (given,) if model_type == "t5" else (given, packed):
+        with torch.no_grad():
+            assert_equal_to_rounding(compiled(**inputs).logits, model(**inputs).logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_part_of_a_model_keeps_packed_documents_apart(fullgraph: bool) -> None:
+    model: Any = hf_sparse.sparsify_(tiny_of_type("llama"), hf_sparse.pattern("band", radius=3))
+    ids = tiny_batch(30, rows=1, padding=0)["input_ids"] % 60
+    packed = {"input_ids": ids, "position_ids": torch.arange(30)[None] % 12, "use_cache": False}
+    wanted = hidden(model.model, **packed)
+    torch._dynamo.reset()
+    model.model.compile(backend="eager", fullgraph=fullgraph)
+    assert_equal_to_rounding(hidden(model.model, **packed), wanted)
+    with torch.no_grad():
+        assert_equal_to_rounding(model(**packed).logits, model.lm_head(wanted))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_model_whose_nodes_documents_would_share_says_so_when_it_runs(backend: str) -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), hf_sparse.pattern("star"))
+    ids = tiny_batch(30, rows=1, padding=0)["input_ids"]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend=backend)
+    whole = torch.arange(30)[None]
+    assert_equal_to_rounding(hidden(compiled, input_ids=ids, position_ids=whole), hidden(model, input_ids=ids))
+    with pytest.raises(RuntimeError, match="position_ids say that rows are packed, which SparseBertModel cannot"):
+        hidden(compiled, input_ids=ids, position_ids=whole % 15)
+    torch._dynamo.reset()
 
 
 def test_a_four_dimensional_mask_is_refused() -> None:
