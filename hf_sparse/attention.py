@@ -12,7 +12,7 @@ from hf_sparse.backends.gather import gather_attention
 from hf_sparse.choice import BACKENDS, choose_backend, cuda_backend
 from hf_sparse.content import ContentCall, content_attention
 from hf_sparse.counted_keys import with_counted_keys
-from hf_sparse.global_rows import FewRows, can_fold, names_global_tokens, put_rows, with_unused
+from hf_sparse.global_rows import FewRows, can_fold, checked_hidden_states, names_global_tokens, put_rows, with_unused
 from hf_sparse.node_means import with_pooled_nodes
 from hf_sparse.parts import Scope
 from hf_sparse.patterns import Pattern
@@ -104,7 +104,7 @@ def sparse_attention(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     tokens, dtype = query.shape[2], query.dtype
     terms = ScoreTerms(bias, distance_bias, softcap, sinks)
-    terms.check(query, pattern)
+    terms.check(query, key.shape[2], pattern)
     if pattern.has_nodes:
         _check_nodes(pattern, query, key, document_ids, query_positions, state)
     if pattern.pools_nodes:
@@ -207,13 +207,16 @@ def sparse_attention(
         if pattern.pools_nodes or counts:
             out, lse = out[:, :, :tokens].to(dtype), lse[:, :, :tokens]
         return (out, lse) if return_lse else out
-    hidden_states = _checked_hidden_states(hidden_states, query, key, pattern)
+    hidden_states = checked_hidden_states(hidden_states, query, key, pattern)
     out, lse = run(query, key, value, "shared")
     if global_mask is None and not names_global_tokens(pattern, with_projections=True):
         out = with_unused(out, state)
     else:
         rows = None
-        if backend == "auto" and terms.is_plain and not torch.compiler.is_compiling() and can_fold(state):
+        may_fold = (
+            backend == "auto" and terms.is_plain and query_positions is None and not torch.compiler.is_compiling()
+        )
+        if may_fold and can_fold(state):
             rows = FewRows(pattern, scope, state, hidden_states, masks[:3])
         if rows is not None and rows.is_worth_it:
             out, lse = rows.put(out, lse, _seed(dropout), scale=scale, dropout=dropout)
@@ -271,17 +274,7 @@ def _check_nodes(
 
 def _seed(dropout: float) -> Tensor | None:
     """Draw a seed on the CPU from the global generator, so that checkpointing repeats it."""
-    return torch.randint(0, 2**62, (1,)) if dropout else None
-
-
-def _checked_hidden_states(hidden_states: Tensor | None, query: Tensor, key: Tensor, pattern: Pattern) -> Tensor:
-    if hidden_states is None:
-        raise ValueError("state was given without hidden_states, which its projections read")
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"pattern {pattern.key!r} with global projections cannot serve cached decoding; set global_projections=False"
-        )
-    return hidden_states
+    return torch.randint(0, 2**62, (1,), device="cpu") if dropout else None
 
 
 def _is_all_real(mask: Tensor) -> bool:

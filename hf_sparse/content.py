@@ -94,7 +94,9 @@ def content_attention(
             words = draw_words(call.seed, *query.shape[:3], key.shape[2], query.device)
         parts = []
         is_real = torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-        for rows, at, segment, positions in _sequences(query, call):
+        for rows, at, segment, positions in _sequences(
+            query, call, query.shape[2] - content.num_tokens(query.shape[2])
+        ):
             held = [_of_sequence(tensor, rows, at) for tensor in (q, k, v)]
             drawn = None if words is None else (words[0][rows][:, :, at], words[1][at])
             hidden = None if call.hidden_states is None else call.hidden_states[rows][:, at]
@@ -231,12 +233,20 @@ def _split(pattern: Pattern) -> tuple[ContentPattern | None, Pattern | None]:
     return (content[0] if content else None), rest  # type: ignore[return-value]
 
 
-def _sequences(query: Tensor, call: ContentCall) -> Iterator[tuple[slice, slice | Tensor, Segment, Tensor]]:
+def _with_real_nodes(mask: Tensor | None, nodes: int) -> Tensor | None:
+    """Return a padding mask in which the last columns, which are no tokens, count where their row has any token."""
+    if mask is None or not nodes:
+        return mask
+    tokens = mask[:, :-nodes]
+    return torch.cat([tokens, tokens.any(1, keepdim=True).expand(-1, nodes)], 1)
+
+
+def _sequences(query: Tensor, call: ContentCall, nodes: int) -> Iterator[tuple[slice, slice | Tensor, Segment, Tensor]]:
     """Yield rows that hold the same kind of sequence, where its real tokens stand, and their logical positions."""
     segments = find_segments(
         query.shape[0],
         query.shape[2],
-        key_padding_mask=call.key_padding_mask,
+        key_padding_mask=_with_real_nodes(call.key_padding_mask, nodes),
         document_ids=call.document_ids,
         global_mask=call.global_mask,
     )

@@ -58,6 +58,26 @@ def can_fold(state: nn.Module) -> TypeGuard[GlobalProjections]:
     return all(type(layer) is nn.Linear and not hasattr(layer, "_hf_hook") for layer in layers)
 
 
+def checked_hidden_states(hidden_states: Tensor | None, query: Tensor, key: Tensor, pattern: Pattern) -> Tensor:
+    """Return the hidden states that projections of global tokens read.
+
+    Raises:
+        ValueError: if there are none, or not one for each key.
+    """
+    if hidden_states is None:
+        raise ValueError("state was given without hidden_states, which its projections read")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"pattern {pattern.key!r} with global projections cannot serve cached decoding; set global_projections=False"
+        )
+    if hidden_states.shape[:2] != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"hidden_states must be [batch, tokens, width] of the key's {key.shape[0]} rows and {key.shape[2]} tokens, got "
+            f"{list(hidden_states.shape)}"
+        )
+    return hidden_states
+
+
 def put_rows(out: Tensor, lse: Tensor, row_out: Tensor, row_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Put rows computed apart, those with a finite logsumexp, in the place of others."""
     is_row = row_lse > float("-inf")
@@ -89,8 +109,8 @@ class FewRows:
         self.scope, self.state, self.hidden_states = scope, state, hidden_states
         batch, tokens = hidden_states.shape[:2]
         held_tokens = pattern.num_tokens(tokens)
-        is_own = torch.zeros(batch, scope.heads, tokens, dtype=torch.bool)
-        sequence = torch.full((batch, tokens), -1)
+        is_own = torch.zeros(batch, scope.heads, tokens, dtype=torch.bool, device="cpu")
+        sequence = torch.full((batch, tokens), -1, device="cpu")
         padding, global_mask, documents = masks
         segments = find_segments(
             batch,
@@ -102,12 +122,13 @@ class FewRows:
         )
         for number, segment in enumerate(segments):
             held = dataclasses.replace(scope, length=segment.length, nodes=pattern.num_nodes(segment.length))
-            at = torch.arange(tokens)[places(segment, held_tokens, held.nodes)]
+            at = torch.arange(tokens, device="cpu")[places(segment, held_tokens, held.nodes)]
             sequence[segment.row, at] = number
             sequence[segment.row, at[list(segment.invalid)]] = -1
             for part in with_global_positions(parts_of(pattern, held), segment.global_positions):
                 if isinstance(part, Globals) and part.has_projections:
-                    heads = torch.tensor(sorted(part.heads or range(scope.heads)))
+                    named = sorted(range(scope.heads) if part.heads is None else part.heads)
+                    heads = torch.tensor(named, dtype=torch.int64, device="cpu")
                     positions = [p for p in part.positions if p < held.total]
                     is_own[segment.row, heads[:, None], at[positions]] = True
         is_own &= (sequence >= 0)[:, None]

@@ -34,14 +34,20 @@ class ScoreTerms:
         """Whether scores are products alone; sinks come in afterwards."""
         return self.bias is None and self.distance_bias is None and self.softcap is None
 
-    def check(self, query: Tensor, pattern: Pattern) -> None:
+    def check(self, query: Tensor, keys: int, pattern: Pattern) -> None:
         """Check them against a call.
+
+        Args:
+            query: ``[B, H, T, D]``.
+            keys: how many there are, S.
+            pattern: who reads whom.
 
         Raises:
             ValueError: if one has a wrong shape or value, or the pattern does not serve it.
         """
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be above 0, got {self.softcap}; leave it out where there is none")
+        self._check_shapes(query, keys)
         bias = self.distance_bias
         if bias is not None and (bias.dim() != 2 or bias.shape[0] != query.shape[1] or bias.shape[1] % 2 == 0):
             raise ValueError(
@@ -53,6 +59,17 @@ class ScoreTerms:
         if refused:
             kind = "nodes that are no tokens" if pattern.has_nodes else "learned labels of distances"
             raise ValueError(f"pattern {pattern.key!r} has {kind} and does not serve {', '.join(refused)}")
+
+    def _check_shapes(self, query: Tensor, keys: int) -> None:
+        whole = (*query.shape[:3], keys)
+        if self.bias is not None:
+            shape = tuple(self.bias.shape)
+            if len(shape) > 4 or any(size not in (1, own) for size, own in zip(shape[::-1], whole[::-1], strict=False)):
+                raise ValueError(
+                    f"bias must be broadcastable to [batch, heads, queries, keys] = {list(whole)}, got {list(shape)}"
+                )
+        if self.sinks is not None and tuple(self.sinks.shape) != (query.shape[1],):
+            raise ValueError(f"sinks must have shape [heads] = [{query.shape[1]}], got {list(self.sinks.shape)}")
 
     def drawn_bias(
         self, query: Tensor, key: Tensor, query_positions: Tensor | None, key_positions: Tensor | None
@@ -79,4 +96,7 @@ class ScoreTerms:
         if self.sinks is None:
             return out, lse
         total = torch.logaddexp(lse, self.sinks.to(lse.dtype)[None, :, None])
-        return (out * (lse - total).exp()[..., None]).to(out.dtype), total
+        # a query that reads nothing has an output of 0 and stays as it is
+        is_empty = lse == float("-inf")
+        share = (lse - total).masked_fill(is_empty, 0.0).exp()
+        return (out * share[..., None]).to(out.dtype), total.masked_fill(is_empty, float("-inf"))

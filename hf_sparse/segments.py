@@ -82,7 +82,11 @@ def find_segments(
     Raises:
         ValueError: if the tokens of a document do not stand together, or there are more nodes than there is room for.
     """
-    real = torch.ones(batch, tokens, dtype=torch.bool) if key_padding_mask is None else key_padding_mask.cpu()
+    real = (
+        torch.ones(batch, tokens, dtype=torch.bool, device="cpu")
+        if key_padding_mask is None
+        else key_padding_mask.cpu()
+    )
     real = real[:, :tokens]
     documents = None if document_ids is None else document_ids[:, :tokens].cpu()
     named = None if segment_ids is None else segment_ids[:, :tokens].cpu()

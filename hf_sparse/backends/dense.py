@@ -191,6 +191,7 @@ def takes_mask(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return is_plain and query.shape == key.shape == value.shape and query.dtype == value.dtype
 
 
+@without_autocast
 def torch_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, *, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:

@@ -32,7 +32,8 @@ def draw_words(
     generator = torch.Generator().manual_seed(int(seed))
     shapes = (batch, heads, tokens), (keys,)
     query, key = (
-        torch.empty(shape, dtype=torch.int32).random_(-(1 << 31), 1 << 31, generator=generator) for shape in shapes
+        torch.empty(shape, dtype=torch.int32, device="cpu").random_(-(1 << 31), 1 << 31, generator=generator)
+        for shape in shapes
     )
     return query.to(device), key.to(device)
 

@@ -39,8 +39,10 @@ def cached_layout(
     Raises:
         ValueError: if what the pattern is made of changes with the length of a segment.
     """
-    rule = Rule(pattern, scope, [(s.stop - s.start, s.global_positions) for s in segments])
-    return _Builder(rule, segments, distinct, scope, rows).build().spread(batch, scope.heads, device)
+    # it may serve a backward pass later, whatever runs now
+    with torch.inference_mode(False):
+        rule = Rule(pattern, scope, [(s.stop - s.start, s.global_positions) for s in segments])
+        return _Builder(rule, segments, distinct, scope, rows).build().spread(batch, scope.heads, device)
 
 
 def positional_layout(

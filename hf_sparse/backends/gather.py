@@ -267,7 +267,9 @@ class _Call:
         if query_positions is not None and key_positions is not None:
             for row in range(batch):
                 positions = query_positions[row].cpu(), key_positions[row].cpu()
-                real = torch.ones(tokens, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[row].cpu()
+                real = torch.ones(tokens, dtype=torch.bool, device="cpu")
+                if key_padding_mask is not None:
+                    real = key_padding_mask[row].cpu()
                 held = None if global_mask is None else tuple(positions[1][global_mask[row].cpu()].tolist())
                 length = logical_length(positions[1], real, reads_padding=self.pattern.reads_padding)
                 scope = self._scope(length)

@@ -46,7 +46,7 @@ class PlanCache:
                 self._plans.move_to_end(key)
                 return self._plans[key]
         # it may serve a backward pass later, whatever runs now
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.device("cpu"):
             plan = make()
         with self._lock:
             self.misses += 1

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_sparse.backends.execute import inner_products
-from hf_sparse.backends.kernels import LOG2_E, without_autocast
+from hf_sparse.backends.kernels import LOG2_E, Kernel, without_autocast
 from hf_sparse.backends.slot_calls import SlotCall
 from hf_sparse.backends.slot_rows import Rows, Sums, keys_of, rows_at
 from hf_sparse.slots import Slots
@@ -56,6 +57,7 @@ class _SlotAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         places = ctx.places if ctx.needs_input_grad[3] else None
         return (*_backward(ctx.call, places, *grads, *ctx.saved_tensors), None)
@@ -70,8 +72,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple
     lse = q.new_empty(batch, heads, tokens)
     parts, sums = Rows(q, v.shape[3]), Rows(q, 1)
     merge = _mean if call.assignment.is_mean else _merged
+    # not of the call, which the backward pass keeps: it has scratch of its own
+    kernel = Kernel(call.scale, call.dropout)
     for lane, row, head, group in _lanes(q, k):
-        own = _own(call, q, k, v, row, head, group)
+        own = _own(kernel, q, k, v, row, head, group)
         places = []
         for slots, blocks, pieces in call.rounds(lane):
             key_rows, value_rows = (keys_of(slots, blocks, vectors) for vectors in own[1:])
@@ -79,7 +83,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, call: SlotCall) -> tuple
                 queries = slots.queries[at]
                 held = rows_at(own[0], queries), key_rows.of(at), value_rows.of(at)
                 room = parts.room(queries.numel()).view(*queries.shape, -1)
-                _, part_lse = call.kernel.forward(*held, _term(allowed, q), _words(call, slots, at, row, head), room)
+                _, part_lse = kernel.forward(*held, _term(allowed, q), _words(call, slots, at, row, head), room)
                 places.append(queries.flatten())
                 sums.room(queries.numel())[:, 0].copy_(part_lse.flatten())
         if places:
@@ -110,9 +114,10 @@ def _backward(
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         q_rows, k_rows, v_rows = (Rows(t, t.shape[3]) for t in (q, k, v))
         of_shares: list[Tensor] = []
+        kernel = Kernel(call.scale, call.dropout)
         for lane, row, head, group in _lanes(q, k):
-            own = _own(call, q, k, v, row, head, group)
-            own_grad = g[row, head] * call.kernel.grad_factor
+            own = _own(kernel, q, k, v, row, head, group)
+            own_grad = g[row, head] * kernel.grad_factor
             share = _share(call, lane, own, row, head, g.shape[2]) if call.assignment.is_mean else None
             q_at, k_at = [], []
             for slots, blocks, pieces in call.rounds(lane):
@@ -126,11 +131,11 @@ def _backward(
                     own_delta, own_top = delta[row, head][named], top[row, head][named]
                     if share is not None:
                         # each block has a softmax of its own
-                        part, part_lse = call.kernel.forward(*held, term, words)
+                        part, part_lse = kernel.forward(*held, term, words)
                         grad = grad * share[named][..., None]
-                        own_delta = (grad * part).sum(-1) / call.kernel.grad_factor
+                        own_delta = (grad * part).sum(-1) / kernel.grad_factor
                         own_top = part_lse.masked_fill(part_lse == float("-inf"), _HUGE)
-                    scores, weights = call.kernel.backward(grad, *held, term, words, own_delta, own_top)
+                    scores, weights = kernel.backward(grad, *held, term, words, own_delta, own_top)
                     q_at.append(queries.flatten())
                     torch.bmm(scores, held[1], out=q_rows.room(queries.numel()).view(*queries.shape, -1))
                     keys.add(grad_keys, at, scores, held[0])
@@ -159,10 +164,10 @@ def _products(rows: Rows, vectors: Tensor, places: int, size: int) -> Tensor:
 
 
 def _own(
-    call: SlotCall, q: Tensor, k: Tensor, v: Tensor, row: int, head: int, group: int
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, row: int, head: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a lane's queries, multiplied, keys and values: dense, as rows far apart are slow to pick."""
-    return q[row, head] * call.kernel.query_factor, k[row, group].contiguous(), v[row, group].contiguous()
+    return q[row, head] * kernel.query_factor, k[row, group].contiguous(), v[row, group].contiguous()
 
 
 def _write(total: Tensor, at: list[Tensor], rows: Rows, factor: float, *, is_first: bool) -> None:

@@ -2,12 +2,11 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_sparse.backends.kernels import Kernel
 from hf_sparse.parts import Part
 from hf_sparse.slots import Assignment, Finder, Slots
 
@@ -42,10 +41,8 @@ class SlotCall:
     dropout: float = 0.0
     words: tuple[Tensor, Tensor] | None = None
     parts: tuple[Part, ...] = ()
-    kernel: Kernel = field(init=False)
 
     def __post_init__(self) -> None:
-        self.kernel = Kernel(self.scale, self.dropout)
         self._stretches = [_stretches(slots) for slots in self.assignment.slots]
 
     def rounds(self, lane: int) -> Iterator[tuple[Slots, slice, Iterator[Piece]]]:
@@ -133,6 +130,8 @@ def _stretches(slots: Slots) -> dict[int, list[tuple[int, int, bool]]]:
 
     Where whole blocks and others alternate often, a stretch holds both.
     """
+    if not len(slots.lane):
+        return {}
     has_gaps = (slots.queries < 0).any(1) | (slots.keys < 0).any(1)
     kinds = slots.lane * 2 + has_gaps
     _, counts = torch.unique_consecutive(kinds, return_counts=True)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.attention import sparse_attention
-from hf_sparse.integration.layers import EVERYTHING, LayerTag, heads_here, is_cross_attention, num_heads_of, tag_of
+from hf_sparse.integration.dense_layers import attend_densely
+from hf_sparse.integration.layers import LayerTag, heads_here, is_cross_attention, num_heads_of, tag_of, takes_documents
 from hf_sparse.integration.mask import SparseMask, documents_of
 from hf_sparse.integration.windows import check_window
-from hf_sparse.patterns import Band, Pattern
+from hf_sparse.patterns import Pattern
 
 
 def attend(
@@ -36,6 +37,7 @@ def attend(
     num_heads: int | None = None,
     block_indices: Tensor | None = None,
     packing_is_told: bool = False,
+    sparse_hidden_states: Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend along the pattern of a tagged module; registered as ``hf_sparse``.
@@ -61,6 +63,7 @@ def attend(
         num_heads: heads of the whole layer; None where all are here, or those that tensor parallelism left.
         block_indices: blocks that the model chooses by itself (MiniMax-M3), which is refused.
         packing_is_told: whether ``document_ids`` says all there is to say about packing, where the mask cannot.
+        sparse_hidden_states: float ``[B, S, hidden_size]``, what the module was given, for weights of its pattern.
 
     Returns:
         Output ``[B, T, H, Dv]``, and None in the place of attention weights.
@@ -76,7 +79,7 @@ def attend(
     if num_heads is None:
         head_offset, num_heads = heads_here(module, query.shape[1])
     mask = read_mask(attention_mask, module, is_causal)
-    if mask.may_be_packed and not packing_is_told and document_ids is None:
+    if mask.may_be_packed and not (packing_is_told or tag.is_closed) and document_ids is None:
         document_ids = _documents_behind(module, position_ids, key)
     window = sliding_window if mask.window is None else mask.window
     _refuse(module, mask, window)
@@ -93,6 +96,9 @@ def attend(
         raise ValueError(
             f"attention_mask must have shape [batch, tokens] = {[key.shape[0], key.shape[2]]}, got {list(mask.padding.shape)}"
         )
+    if query.dtype != value.dtype and torch.is_autocast_enabled(query.device.type):
+        # rotary positions are in the dtype of the hidden states, which autocast leaves wide
+        query, key = query.to(value.dtype), key.to(value.dtype)
     terms = _terms(module, tag, position_bias, softcap, s_aux, slice(head_offset, head_offset + query.shape[1]))
     if tag.pattern is None:
         is_cross = tag.stack == "cross"
@@ -100,13 +106,13 @@ def attend(
             mask = dataclasses.replace(mask, document_ids=document_ids)
         out = attend_densely(query, key, value, mask, window, dropout, scaling, terms, is_cross=is_cross, band=tag.band)
         return out.transpose(1, 2).contiguous(), None
-    hidden_states: Tensor | None = getattr(module, "_sparse_hidden", None)
-    if hidden_states is not None:
-        module._sparse_hidden = None  # type: ignore[assignment]
+    hidden_states = sparse_hidden_states
+    if hidden_states is None and (parked := getattr(module, "_sparse_hidden", None)) is not None:
+        hidden_states, module._sparse_hidden = parked, None  # type: ignore[assignment]
     if document_ids is None:
         document_ids = mask.document_ids
     if document_ids is None and mask.padding is None and not mask.is_causal and position_ids is not None:
-        document_ids = documents_of(position_ids, key.shape[0], key.shape[2])
+        document_ids = None if packing_is_told else _packed_by(position_ids, key, tag.pattern)
     if tag.stack == "decoder":
         # the tokens that a call marks are the encoder's
         global_attention_mask = None
@@ -145,13 +151,22 @@ def _why_untagged(module: nn.Module) -> str:
         return f"{said}its config has no sparse_attention entry; use hf_sparse.sparsify_(model, pattern) or convert it"
     return (
         f"{said}a sparse checkpoint was loaded by a dense class, as sentence-transformers does with encoders of T5; load it "
-        "with AutoModel or another Auto class, or call hf_sparse.sparsify_(model, pattern) on what was loaded"
+        "with AutoModel or another Auto class"
     )
+
+
+def _packed_by(position_ids: Tensor, key: Tensor, pattern: Pattern) -> Tensor | None:
+    """Return the documents that positions tell; None where there is one, as far as that can be seen and matters."""
+    documents = documents_of(position_ids, key.shape[0], key.shape[2])
+    refuses = not takes_documents(pattern) and not torch.compiler.is_compiling()
+    return None if documents is None or (refuses and not bool(documents.any())) else documents
 
 
 def _documents_behind(module: nn.Module, position_ids: Tensor | None, key: Tensor) -> Tensor | None:
     """Return documents where a mask was compiled apart from the model, so that it cannot tell them."""
-    documents = None if position_ids is None else documents_of(position_ids, key.shape[0], key.shape[2])
+    documents = None
+    if position_ids is not None:
+        documents = documents_of(position_ids, key.shape[0], key.shape[2], at_every_step=True)
     if documents is None:
         raise ValueError(
             f"{type(module).__name__}: whether rows are packed cannot be seen where a part of the model is compiled; compile "
@@ -346,62 +361,3 @@ def refuse_packed(pattern: Pattern) -> NoReturn:
         f"pattern {pattern.key!r} has nodes that are no tokens, which the documents of a packed row would share; "
         "give each document a row of its own, or use etc with segments='given' and its document_ids"
     )
-
-
-def attend_densely(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: SparseMask,
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-    terms: dict[str, Any],
-    *,
-    is_cross: bool,
-    band: Band = EVERYTHING,
-) -> Tensor:
-    """Attend as the dense layer does: cross-attention, and layers declared dense.
-
-    What torch's own attention has no argument for runs along a band: a sliding window of the model's own, a cap, sinks, and a
-    bias by distance. In a compiled graph no pattern can be made, so ``band`` is one that is at hand.
-    """
-    bias = terms.pop("bias")
-    radius = EVERYTHING.radius if window is None else window - 1
-    if not is_cross and (window is not None or any(term is not None for term in terms.values())):
-        query_positions, key_positions = mask.positions(key.shape[0], from_first=True)
-        attended: Any = sparse_attention(
-            query,
-            key,
-            value,
-            band if band.radius == radius else Band(radius=radius),
-            is_causal=mask.is_causal,
-            key_padding_mask=mask.padding,
-            document_ids=mask.document_ids,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            scale=scaling,
-            dropout=dropout,
-            bias=bias,
-            **terms,
-        )
-        return attended
-    allowed = None if mask.padding is None else mask.padding[:, None, None, :]
-    if mask.is_causal:
-        causal = _causal(mask, query.shape[2], key.shape[2], key.device)
-        allowed = causal if allowed is None else allowed & causal
-    if mask.document_ids is not None:
-        same = mask.document_ids[:, None, :, None] == mask.document_ids[:, None, None, :]
-        allowed = same if allowed is None else allowed & same
-    if bias is not None:
-        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, allowed, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
-def _causal(mask: SparseMask, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return which keys causality leaves to each query, bool ``[T, S]``."""
-    key_index = torch.arange(keys, device=device) if mask.key_index is None else mask.key_index
-    query_index = key_index[keys - queries :] if mask.query_index is None else mask.query_index
-    return query_index[:, None] >= key_index[None, :]

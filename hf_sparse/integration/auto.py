@@ -25,12 +25,20 @@ from hf_sparse.integration.buckets import give_distances_
 from hf_sparse.integration.entry import read_entry
 from hf_sparse.integration.families import FAMILIES
 from hf_sparse.integration.global_defaults import default_global_mask
-from hf_sparse.integration.layers import attach, self_attention_modules, share_heads_, start_states, tag_of
+from hf_sparse.integration.layers import (
+    NAME,
+    attach,
+    is_causal,
+    self_attention_modules,
+    share_heads_,
+    start_states,
+    tag_of,
+    takes_documents,
+)
 from hf_sparse.integration.mask import documents_of
 from hf_sparse.integration.nodes import add_nodes, reset_nodes
 from hf_sparse.integration.positions import lengthen_, limits
 from hf_sparse.integration.pushing import push_model
-from hf_sparse.integration.register import NAME
 from hf_sparse.integration.remote_code import auto_map_of, write_code
 from hf_sparse.patterns import Pattern
 
@@ -365,14 +373,17 @@ def _packed_documents(model: Any, given: dict[str, Any]) -> Tensor | None:
     if positions.dim() == 3 and positions.shape[0] == 4:
         # those of the text, before those in time, height and width
         positions = positions[0]
-    documents = documents_of(positions, tokens.shape[0], tokens.shape[1])
-    if documents is None or not torch.compiler.is_compiling():
+    is_compiling = torch.compiler.is_compiling()
+    # where it makes no cache, transformers tells the mask by a rule of its own, which a compiled mask does not
+    is_told = is_compiling and not given.get("use_cache", getattr(model.config, "use_cache", False))
+    is_told = is_told and any(is_causal(module) for *_, module in self_attention_modules_cached(model))
+    documents = documents_of(positions, tokens.shape[0], tokens.shape[1], at_every_step=is_told)
+    if documents is None or not is_compiling:
         return documents if documents is not None and bool(documents.any()) else None
-    has_nodes = any(pattern.has_lasting_nodes and not pattern.takes_segments for pattern in _patterns_of(model))
-    if model.__dict__.get("_sparse_closed") is None and not has_nodes:
+    if model.__dict__.get("_sparse_closed") is None and all(map(takes_documents, _patterns_of(model))):
         return documents
     torch._assert_async(
-        documents.any().logical_not(),
+        (documents == documents[:, :1]).all(),
         f"position_ids say that rows are packed, which {type(model).__name__} cannot honour; give each document its own row",
     )
     return None

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hf_sparse.attention import sparse_attention
-from hf_sparse.integration.attention import attend_densely, read_mask
+from hf_sparse.integration.attention import read_mask
+from hf_sparse.integration.dense_layers import attend_densely
 from hf_sparse.integration.layers import self_attention_modules
 from hf_sparse.integration.mask import SparseMask, sparse_mask
 from hf_sparse.patterns import Band, Pattern, Sinkhorn
@@ -82,6 +83,7 @@ def noting_kept(model: PreTrainedModel, patterns: Mapping[str, Sequence[Pattern 
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         sliding_window: int | None = None,
+        sparse_hidden_states: Tensor | None = None,
         **_kwargs: Any,
     ) -> tuple[Tensor, None]:
         mask = read_mask(attention_mask, module, is_causal)
@@ -94,7 +96,8 @@ def noting_kept(model: PreTrainedModel, patterns: Mapping[str, Sequence[Pattern 
         terms = {"bias": position_bias}
         out = attend_densely(query, key, value, mask, window, 0.0, scaling, terms, is_cross=name is None)
         if name is not None:
-            call = _Call(module, query, key, mask, window, scaling, position_bias, int(name.rpartition(".")[2]))
+            hidden = getattr(module, "_sparse_hidden", None) if sparse_hidden_states is None else sparse_hidden_states
+            call = _Call(module, hidden, query, key, mask, window, scaling, position_bias, int(name.rpartition(".")[2]))
             kept.shares[name] = torch.stack([call.share(pattern) for pattern in patterns[name]])
             kept.shapes[name] = query.shape[1], key.shape[1], query.shape[3]
         return out.transpose(1, 2).contiguous(), None
@@ -117,6 +120,7 @@ class _Call:
     def __init__(
         self,
         module: nn.Module,
+        hidden_states: Tensor | None,
         query: Tensor,
         key: Tensor,
         mask: SparseMask,
@@ -125,7 +129,8 @@ class _Call:
         bias: Tensor | None,
         layer: int,
     ) -> None:
-        self.module, self.query, self.key, self.padding = module, query, key, mask.padding
+        self.module, self.hidden_states = module, hidden_states
+        self.query, self.key, self.padding = query, key, mask.padding
         self.scale = query.shape[3] ** -0.5 if scaling is None else scaling
         self.bias = bias
         self.settings: dict[str, Any] = {
@@ -168,7 +173,7 @@ class _Call:
             raise ValueError(f"pattern {pattern.key!r} is content-based and does not serve a bias of positions")
         query, key = self.query.double(), self.key.double()
         state = getattr(self.module, "sparse_state", None)
-        held = {} if state is None else {"state": state, "hidden_states": self.module._sparse_hidden}
+        held = {} if state is None else {"state": state, "hidden_states": self.hidden_states}
         ratio, tokens = query.shape[1] // key.shape[1], key.shape[2]
         shares = torch.zeros_like(self.whole)
         for first in range(0, tokens, _COLUMNS):

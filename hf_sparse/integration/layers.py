@@ -1,5 +1,6 @@
 """The attention modules of a model: which are self-attention, in what order, and what each is tagged with."""
 
+import dis
 import inspect
 import re
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from hf_sparse.integration.windows import check_window, window_of
 from hf_sparse.patterns import Band, Pattern
 from hf_sparse.patterns.projections import GlobalProjections
 
+# of our attention
+NAME = "hf_sparse"
 # names of the query, key and value projections of a self-attention module
 _PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
 _CROSS_NAMES = ("encoder_attn", "crossattention", "EncDecAttention")
@@ -33,18 +36,25 @@ class LayerTag:
         index: of the layer among the self-attention modules of its stack.
         stack: "encoder" or "decoder" in a model that has both, "cross" for cross-attention, else "".
         band: what a dense layer reads: its sliding window, or everything.
+        is_closed: whether what the model is given beside its own arguments does not come this far.
     """
 
     pattern: Pattern | None
     index: int
     stack: str = ""
     band: Band = EVERYTHING
+    is_closed: bool = False
 
 
 def tag_of(module: nn.Module) -> LayerTag | None:
     """Return what a module is tagged with; None outside of sparse models."""
     tag: Any = getattr(module, "_sparse", None)
     return tag if isinstance(tag, LayerTag) else None
+
+
+def takes_documents(pattern: Pattern) -> bool:
+    """Say whether rows of several documents can be served."""
+    return pattern.added_scores(1) is None and (pattern.takes_segments or not pattern.has_nodes)
 
 
 def set_tag(module: nn.Module, tag: LayerTag) -> None:
@@ -96,11 +106,20 @@ def closed_module(model: nn.Module) -> str | None:
         parts = path.split(".")
         for stop in range(1, len(parts) + 1):
             module = named[".".join(parts[:stop])]
-            takes = inspect.signature(module.forward).parameters.values()
-            is_open = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes)
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not is_open:
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not _passes_on(type(module)):
                 return type(module).__name__
     return None
+
+
+def _passes_on(cls: type[nn.Module]) -> bool:
+    """Say whether a forward takes further arguments and reads them: Nemotron's layers take them and leave it at that."""
+    function = inspect.unwrap(cls.forward)
+    takes = inspect.signature(function).parameters.values()
+    name = next((one.name for one in takes if one.kind is inspect.Parameter.VAR_KEYWORD), None)
+    loads = (one for one in dis.get_instructions(function) if one.opname.startswith("LOAD"))
+    return name is not None and any(
+        name in (one.argval if isinstance(one.argval, tuple) else [one.argval]) for one in loads
+    )
 
 
 def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
@@ -123,13 +142,13 @@ def attach(model: nn.Module, entry: Entry) -> list[nn.Module]:
     elif modules and _is_encoder_alone(model.config, modules):
         entry = entry.of_stack("encoder")
     check_entry(entry, modules, model.config)
-    model.__dict__["_sparse_closed"] = closed_module(model)
+    closed = model.__dict__["_sparse_closed"] = closed_module(model)
     fresh = []
     for stack, index, _, module in modules:
         pattern = entry.pattern_of(stack, index)
         window = window_of(model.config, numbered(module, index), is_causal=is_causal(module))
         band = EVERYTHING if pattern is not None or window is None else Band(radius=window - 1)
-        set_tag(module, LayerTag(pattern, index, stack, band))
+        set_tag(module, LayerTag(pattern, index, stack, band, closed is not None))
         if pattern is not None and _own_state(module, pattern):
             fresh.append(module)
     for name, module in model.named_modules():
@@ -193,30 +212,63 @@ def num_heads_of(module: nn.Module, config: Any) -> int | None:
     return heads
 
 
+def check_states(model: nn.Module, entry: Entry) -> None:
+    """Check that the weights that patterns own can be made for a model, before anything of it is changed.
+
+    Raises:
+        UnsupportedModelError: if a layer is of a kind that they do not fit, is quantized, or is spread over ranks.
+    """
+    for stack, index, _, module in self_attention_modules(model):
+        pattern = entry.pattern_of(stack, index)
+        state = None if pattern is None else made_state(module, pattern)
+        if isinstance(state, GlobalProjections):
+            for source in projections(module):
+                _refuse_quantized(module, source.weight)
+        if state is not None and ranks_of(model) > 1:
+            _refuse_spread(index, state)
+
+
+def ranks_of(model: nn.Module) -> int:
+    """Return over how many ranks transformers' tensor parallelism spreads a model."""
+    return getattr(model, "_tp_size", None) or 1
+
+
+def _refuse_spread(index: int, state: nn.Module) -> None:
+    raise UnsupportedModelError(
+        f"layer {index}: its pattern owns weights ({type(state).__name__}), which tensor parallelism does not spread; load "
+        "the model without tp_plan, or convert it with a pattern that owns none"
+    )
+
+
 def share_heads_(model: nn.Module) -> None:
     """Tell each layer which of its heads are here, where transformers' tensor parallelism spreads them over ranks.
 
     Raises:
         UnsupportedModelError: if a layer owns weights of its pattern, which transformers does not spread.
     """
-    size = getattr(model, "_tp_size", None) or 1
+    size = ranks_of(model)
     if size == 1:
         return
     mesh: Any = model._device_mesh
     rank = (mesh if mesh.ndim == 1 else mesh["tp"]).get_local_rank()
     for _, index, _, module in self_attention_modules(model):
         if isinstance(getattr(module, "sparse_state", None), nn.Module):
-            raise UnsupportedModelError(
-                f"layer {index}: its pattern owns weights ({type(module.sparse_state).__name__}), which tensor parallelism "
-                "does not spread; load the model without tp_plan, or convert it with a pattern that owns none"
-            )
+            _refuse_spread(index, module.sparse_state)  # type: ignore[arg-type]
         module.__dict__["_sparse_share"] = rank, size, num_heads_of(module, model.config)
 
 
 def heads_here(module: Any, count: int) -> tuple[int, int | None]:
-    """Return the first of ``count`` heads that are here and how many the layer has; 0 and None where all are here."""
-    rank, size, total = module.__dict__.get("_sparse_share", (0, 1, None))
-    return (rank * count, total) if size > 1 and count * size == total else (0, None)
+    """Return the first of ``count`` heads that are here and how many the layer has; 0 and None where all are here.
+
+    Raises:
+        ValueError: if they are neither all nor this rank's share.
+    """
+    rank, size, total = module.__dict__.get("_sparse_share", (0, 1, count))
+    if count == total:
+        return 0, None
+    if count * size != total:
+        raise ValueError(f"{type(module).__name__}: {count} of {total} heads are no even share of {size} ranks")
+    return rank * count, total
 
 
 def projections(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -246,10 +298,10 @@ def start_states(modules: list[nn.Module]) -> None:
                     state.reset()
                 continue
             for name, source in zip(("query", "key", "value"), projections(module), strict=True):
-                _refuse_quantized(module, source.weight)
                 target = getattr(module.sparse_state, name)
                 for parameter, value in ((target.weight, source.weight), (target.bias, source.bias)):
                     if not getattr(parameter, "_is_hf_initialized", False):
+                        _refuse_quantized(module, source.weight)
                         parameter.copy_(value) if value is not None else parameter.zero_()
             for name in state.zeros:
                 for parameter in getattr(state, name).parameters():
@@ -260,8 +312,25 @@ def start_states(modules: list[nn.Module]) -> None:
 def _own_state(module: nn.Module, pattern: Pattern) -> bool:
     if isinstance(getattr(module, "sparse_state", None), nn.Module):
         return False
-    if pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is None:
+    state = made_state(module, pattern)
+    if state is None:
         return False
+    weight = next(module.parameters())
+    dtype = torch.get_default_dtype() if _is_quantized(weight) else weight.dtype
+    module.sparse_state = state.to(device=weight.device, dtype=dtype)
+    hand_over = _pass_hidden_states_on if _passes_on(type(module)) else _keep_hidden_states
+    module.register_forward_pre_hook(hand_over, with_kwargs=True)
+    return True
+
+
+def made_state(module: nn.Module, pattern: Pattern) -> nn.Module | None:
+    """Return the weights that a pattern owns on a self-attention module, or None; the module stays as it is.
+
+    Raises:
+        UnsupportedModelError: if the module is of a kind that they do not fit.
+    """
+    if pattern.make_state(hidden_size=1, num_heads=1, num_key_value_heads=1, head_dim=1) is None:
+        return None
     if next(iter(inspect.signature(module.forward).parameters)) != "hidden_states":
         raise UnsupportedModelError(
             f"{type(module).__name__} makes queries, keys and values of several inputs, and pattern {pattern.key!r} owns "
@@ -276,20 +345,22 @@ def _own_state(module: nn.Module, pattern: Pattern) -> bool:
                 f"{type(module).__name__} turns queries and keys by their positions (rotary), which projections of a pattern's "
                 "own would miss; set global_projections=False or relay_projections=False"
             )
-    weight = next(module.parameters())
-    _refuse_quantized(module, weight)
-    module.sparse_state = state.to(device=weight.device, dtype=weight.dtype)
-    module.register_forward_pre_hook(_hand_over_hidden_states, with_kwargs=True)
-    return True
+    made: nn.Module = state
+    return made
 
 
 def _refuse_quantized(module: nn.Module, weight: Tensor) -> None:
-    """Refuse to start weights of a pattern beside quantized ones, whose dtype and numbers are not those of the layer."""
-    if weight.dtype.itemsize < 2:
+    """Refuse to start weights of a pattern as copies of quantized ones, whose numbers are not those of the layer."""
+    if _is_quantized(weight):
         raise UnsupportedModelError(
             f"{type(module).__name__} is quantized ({weight.dtype}), and its pattern owns weights that start from plain ones; "
             "convert the plain checkpoint first, then load the sparse one quantized"
         )
+
+
+def _is_quantized(weight: Tensor) -> bool:
+    # of four bits in a wider dtype there is a state beside
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2 or hasattr(weight, "quant_state")
 
 
 def _sizes(module: nn.Module) -> dict[str, int]:
@@ -308,7 +379,20 @@ def _sizes(module: nn.Module) -> dict[str, int]:
     }
 
 
-def _hand_over_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep what the attention layer is given until its attention function has read it."""
+def _pass_hidden_states_on(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give what the attention layer is given to its attention function too, unless that is a dense one."""
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-    module._sparse_hidden = hidden_states
+    return (args, {**kwargs, "sparse_hidden_states": hidden_states}) if _is_ours(module) else (args, kwargs)
+
+
+def _keep_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep what the attention layer is given until its attention function has read it, where nothing is passed on to that."""
+    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+    if _is_ours(module):
+        module._sparse_hidden = hidden_states
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return str(getattr(module.config, "_attn_implementation", NAME)).startswith(NAME)

@@ -107,7 +107,16 @@ def sparse_mask(
     if padding is not None and padding.shape[-1] < end:
         padding = torch.nn.functional.pad(padding, (0, end - padding.shape[-1]))
     mask = SparseMask(
-        padding, rule.is_causal, rule.document_ids, refusal, rule.window, may_be_packed=rule.may_be_packed
+        padding,
+        rule.is_causal,
+        rule.document_ids,
+        refusal,
+        rule.window,
+        # transformers looks at positions in this case alone
+        may_be_packed=rule.may_be_packed
+        and attention_mask is None
+        and not isinstance(q_offset, Tensor)
+        and q_length == kv_length,
     )
     # where the queries are the last keys and no key was dropped, the shapes say all
     is_told = not rule.is_causal or (
@@ -181,11 +190,23 @@ def _read_unopened(function: Callable[..., Any], local_size: int | None, given: 
     return _Rule(is_causal=True, window=local_size, may_be_packed=not given.get("allow_is_causal_skip"))
 
 
-def documents_of(position_ids: Tensor, batch: int, tokens: int) -> Tensor | None:
-    """Return documents where the positions run in several stretches that all start at the same number, else one."""
+def documents_of(position_ids: Tensor, batch: int, tokens: int, *, at_every_step: bool = False) -> Tensor | None:
+    """Return documents where the positions run in several stretches that all start at the same number, else one.
+
+    Args:
+        position_ids: int ``[B or 1, S]``.
+        batch: rows.
+        tokens: of a row.
+        at_every_step: begin a document wherever positions do not go up by one, as transformers does in causal masks.
+
+    Returns:
+        int64 ``[B, S]``; None where the positions are not of such rows.
+    """
     if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
         return None
     first = position_ids[:, :1]
     starts = torch.diff(position_ids, dim=1, prepend=first - 1) != 1
+    if at_every_step:
+        return starts.cumsum(1).expand(batch, -1)
     is_packed = (~starts | (position_ids == first)).all()
     return ((starts & is_packed).cumsum(1)).expand(batch, -1)

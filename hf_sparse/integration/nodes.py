@@ -6,6 +6,7 @@ length.
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from hf_sparse.attention import check_segments_are_known
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.integration.attention import refuse_packed
-from hf_sparse.integration.layers import self_attention_modules, tag_of
+from hf_sparse.integration.layers import NAME, self_attention_modules, tag_of
 from hf_sparse.integration.mask import documents_of
-from hf_sparse.integration.register import NAME
 from hf_sparse.node_means import node_places, span_means
 from hf_sparse.patterns import Pattern
 
@@ -46,6 +46,7 @@ class Nodes(nn.Module):
         # of the pass under way: what was given about the tokens, and how many there are once that is known
         self._given: dict[str, Tensor | None] = {}
         self._tokens: int | None = None
+        self._owner: int | None = None
         # what keep_nodes collects
         self._kept: list[Tensor] | None = None
 
@@ -130,6 +131,7 @@ class Nodes(nn.Module):
             )
         is_real = None if mask is None else mask != 0
         self._given, self._tokens = {"is_real": is_real, "document_ids": documents, "segment_ids": segments}, None
+        self._owner = None if torch.compiler.is_compiling() else threading.get_ident()
         return args, kwargs
 
     def _documents(self, given: Mapping[str, Any]) -> Tensor | None:
@@ -147,7 +149,16 @@ class Nodes(nn.Module):
             refuse_packed(self.pattern)
         return None
 
+    def _check_owner(self) -> None:
+        """Refuse a pass into which another thread has come: what is kept is of one pass."""
+        if not torch.compiler.is_compiling() and self._owner not in (None, threading.get_ident()):
+            raise RuntimeError(
+                f"two threads run a model with pattern {self.pattern.key!r} at a time, which keeps its nodes in one place; "
+                "give each thread a copy, or let them wait for one another"
+            )
+
     def _append(self, _module: nn.Module, _args: tuple[Any, ...], embedded: Any) -> Any:
+        self._check_owner()
         self._tokens = embedded.shape[1]
         if not self._tokens:
             raise ValueError(
@@ -160,6 +171,7 @@ class Nodes(nn.Module):
         return torch.cat([embedded, self(embedded, **self._given)], 1)
 
     def _pool(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        self._check_owner()
         hidden, at = output[0], self._tokens
         pooled = torch.cat([hidden[:, at : at + 1], hidden[:, 1:]], 1)  # type: ignore[operator]
         if isinstance(output, dict):
@@ -170,6 +182,8 @@ class Nodes(nn.Module):
         return (pooled, *output[1:])
 
     def _take_off(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if output is not None:
+            self._check_owner()
         tokens, self._given, self._tokens = self._tokens, {}, None
         if tokens is None or output is None:
             return output

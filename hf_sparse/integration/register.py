@@ -6,10 +6,9 @@ from typing import Any
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sparse.integration.attention import NamedPattern, attend
+from hf_sparse.integration.layers import NAME
 from hf_sparse.integration.mask import sparse_mask
 from hf_sparse.patterns import PATTERNS
-
-NAME = "hf_sparse"
 
 
 def register_attention() -> None:

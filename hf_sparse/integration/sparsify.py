@@ -16,10 +16,17 @@ from hf_sparse.integration.buckets import give_distances_
 from hf_sparse.integration.entry import Entry, make_entry
 from hf_sparse.integration.families import family_of
 from hf_sparse.integration.hub import clean_token
-from hf_sparse.integration.layers import attach, check_entry, self_attention_modules, share_heads_, start_states
+from hf_sparse.integration.layers import (
+    NAME,
+    attach,
+    check_entry,
+    check_states,
+    self_attention_modules,
+    share_heads_,
+    start_states,
+)
 from hf_sparse.integration.nodes import add_nodes, reset_nodes, take_nodes
 from hf_sparse.integration.positions import wanted_limits
-from hf_sparse.integration.register import NAME
 from hf_sparse.integration.support import check_no_position_bias, check_obeys
 from hf_sparse.integration.vision import fitted_entry
 from hf_sparse.integration.windows import reach_of, windowed_layers
@@ -58,6 +65,7 @@ def sparsify_(
         check_obeys(dense, model.config)
     entry = _fitted(entry, model.config)
     check_entry(entry, modules, model.config)
+    check_states(model, entry)
     for *_, module in modules:
         if hasattr(module, "sparse_state"):
             del module.sparse_state

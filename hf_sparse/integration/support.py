@@ -122,6 +122,9 @@ def _tiny_config(config: Any, *, most_layers: int) -> Any:
         kept = kinds[:most_layers]
         tiny.layer_types = kept + [kind for kind in dict.fromkeys(kinds) if kind not in kept]
         most_layers = len(tiny.layer_types)
+    if getattr(tiny, "num_kv_shared_layers", 0):
+        # the last ones would take keys of layers that are not there
+        tiny.num_kv_shared_layers = 0
     for field in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
         if isinstance(getattr(tiny, field, None), int):
             setattr(tiny, field, min(most_layers, getattr(tiny, field)))

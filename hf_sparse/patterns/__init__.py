@@ -5,6 +5,9 @@ import functools
 import json
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
 from hf_sparse.parts import Part, Scope
 from hf_sparse.patterns.axial import Axial, shifted_axial
 from hf_sparse.patterns.band import Band
@@ -101,10 +104,11 @@ def pattern_from_json(text: str) -> Pattern:
     return pattern_from_dict(json.loads(text))
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def parts_of(pattern: Pattern, scope: Scope) -> tuple[Part, ...]:
-    """Return ``pattern.parts(scope)``; equal calls get the same objects."""
-    return pattern.parts(scope)
+    """Return ``pattern.parts(scope)``; equal calls get the same objects, whatever device or mode is the default."""
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):
+        return pattern.parts(scope)
 
 
 def _build(cls: type[Pattern], fields: dict[str, Any]) -> Pattern:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_sparse.parts import Part, Scope
 from hf_sparse.patterns.parent import Pattern, check_count
+from hf_sparse.patterns.projections import GlobalProjections
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class _Combination(Pattern):
             for member in self.members
         ]
         owned = [state for state in states if state is not None]
+        if self.is_content_based and any(isinstance(state, GlobalProjections) for state in owned):
+            raise ValueError(
+                "projections of global tokens or relays are not read beside a content-based pattern; set "
+                "global_projections=False or relay_projections=False"
+            )
         if len(owned) > 1:
             raise ValueError(
                 "at most one member of a combination may own weights on a layer; set global_projections=False, "

@@ -48,7 +48,10 @@ class Content:
         first = self.scope.head_offset
         drawn = [
             torch.randn(
-                shape, generator=torch.Generator().manual_seed(_mixed(seed, self.scope.layer, head)), device="cpu"
+                shape,
+                generator=torch.Generator().manual_seed(_mixed(seed, self.scope.layer, head)),
+                device="cpu",
+                dtype=torch.float32,
             )
             for head in range(first, first + self.scope.heads)
         ]

@@ -86,7 +86,7 @@ class EdgePredictor(nn.Module):
         with torch.no_grad():
             for seed, parameter in enumerate(self.parameters()):
                 generator = torch.Generator().manual_seed(seed)
-                drawn = torch.randn(parameter.shape, generator=generator, device="cpu")
+                drawn = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
                 parameter.copy_(drawn / math.sqrt(parameter.shape[-1]))
             # heads differ from the start
             self.start.mul_(math.sqrt(self.start.shape[-1]))

@@ -13,6 +13,9 @@ from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.parent import Pattern, check_count, check_switch
 from hf_sparse.patterns.star import node_globals
 
+# what an int16 tells apart
+_MOST_LABELS = 2**15
+
 
 @dataclass(frozen=True)
 class ETC(Pattern):
@@ -52,6 +55,11 @@ class ETC(Pattern):
         check_count(self.radius, "radius", least=1)
         check_count(self.num_global, "num_global", least=1)
         check_count(self.max_relative_distance, "max_relative_distance", least=0)
+        if self.num_labels > _MOST_LABELS:
+            raise ValueError(
+                f"max_relative_distance={self.max_relative_distance} makes {self.num_labels} labels; at most {_MOST_LABELS} "
+                "are served"
+            )
         if isinstance(self.segments, str) and self.segments != "given":
             raise TypeError(f"segments must be a whole number, 'given' or none, got {self.segments!r}")
         if not isinstance(self.segments, str | None):

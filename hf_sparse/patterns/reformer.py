@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_sparse.patterns.content import Content, ContentPattern
 from hf_sparse.patterns.parent import Pattern, check_choice, check_count, check_seed, check_switch
@@ -191,6 +192,7 @@ class _UnitVectors(torch.autograd.Function):
         return unit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         unit, lengths = ctx.saved_tensors
         found = torch.empty_like(unit)

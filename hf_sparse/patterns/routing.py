@@ -168,7 +168,13 @@ class Centroids(nn.Module):
         heads, clusters, width = self.weight.shape
         drawn = torch.stack(
             [
-                torch.randn(clusters, width, generator=torch.Generator().manual_seed(self.seed + head), device="cpu")
+                torch.randn(
+                    clusters,
+                    width,
+                    generator=torch.Generator().manual_seed(self.seed + head),
+                    device="cpu",
+                    dtype=torch.float32,
+                )
                 for head in range(heads)
             ]
         )

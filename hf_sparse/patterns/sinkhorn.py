@@ -213,7 +213,7 @@ class SortNet(nn.Module):
         with torch.no_grad():
             for layer in (self.inner, self.outer):
                 generator = torch.Generator().manual_seed(layer.weight.shape[0])
-                drawn = torch.randn(layer.weight.shape, generator=generator, device="cpu")
+                drawn = torch.randn(layer.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
                 layer.weight.copy_(0.02 * drawn)
                 layer.bias.zero_()
 

@@ -86,7 +86,10 @@ def test_compiled_models_keep_packed_documents_apart(family: str) -> None:
 
 
 # causal, and with sliding windows; dense layers beside sparse ones
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "modernbert", "t5"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral", "modernbert", "t5"))],
+)
 def test_a_compiled_model_is_one_graph_whatever_its_masks(model_type: str) -> None:
     kinds = {"layer_types": ["sliding_attention", "full_attention"]} if model_type in ("gemma2", "modernbert") else {}
     layer = "encoder.0" if model_type == "t5" else 0
@@ -103,6 +106,47 @@ def test_a_compiled_model_is_one_graph_whatever_its_masks(model_type: str) -> No
     for inputs in (given,) if model_type == "t5" else (given, packed):
         with torch.no_grad():
             assert_equal_to_rounding(compiled(**inputs).logits, model(**inputs).logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("positions", [[5, 6, 7, 0, 1, 2], [0, 1, 2, 0, 1, 1]])
+def test_a_compiled_model_tells_documents_by_the_rule_of_a_plain_one(positions: list[int]) -> None:
+    model: Any = hf_sparse.sparsify_(tiny_of_type("llama"), hf_sparse.pattern("band", radius=3))
+    given = {"input_ids": torch.arange(10, 16)[None], "position_ids": torch.tensor([positions]), "use_cache": False}
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_equal_to_rounding(compiled(**given).logits, model(**given).logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        hf_sparse.pattern("bp_transformer", spans="pooled"),
+        hf_sparse.pattern("bigbird", block_size=4, num_random_blocks=1, random_plan="evaluation", length="padded"),
+    ],
+    ids=lambda pattern: pattern.key,
+)
+def test_ordinary_positions_are_no_packing_in_a_compiled_model(pattern: hf_sparse.Pattern) -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), pattern)
+    ids = tiny_batch(64, rows=1, padding=0)["input_ids"]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    positions = torch.arange(64)[None]
+    assert_equal_to_rounding(hidden(compiled, input_ids=ids, position_ids=positions), hidden(model, input_ids=ids))
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_decoder_writes_what_a_plain_one_writes() -> None:
+    model: Any = hf_sparse.sparsify_(tiny_of_type("mistral"), hf_sparse.pattern("band", radius=3))
+    given = {"input_ids": torch.arange(10, 20)[None], "max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    wanted = model.generate(**given, cache_implementation="static")
+    torch._dynamo.reset()
+    model.model.compile(backend="eager")
+    assert torch.equal(model.generate(**given, cache_implementation="static", disable_compile=True), wanted)
     torch._dynamo.reset()
 
 

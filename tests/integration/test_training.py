@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 import hf_sparse
 from hf_sparse.integration import attention
 from tests.support.models import FAMILIES, tiny_batch, tiny_model
+from tests.support.zoo import tiny_of_type
 
 LONGFORMER = hf_sparse.pattern("longformer", window=8, global_tokens=(0,))
 PATTERNS = (
@@ -235,3 +237,70 @@ def test_autocast_training_runs_with_dropout() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model(**tiny_batch()).logits.float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "gpt_neox", "mistral", "phi3"])
+def test_rotary_decoders_are_trained_under_autocast(model_type: str) -> None:
+    dense, sparse = tiny_of_type(model_type).train(), tiny_of_type(model_type).train()
+    # as wide as the text
+    hf_sparse.sparsify_(sparse, hf_sparse.pattern("band", radius=63))
+    ids = torch.arange(5, 45)[None]
+    losses = []
+    for model in (dense, sparse):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        losses[-1].backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert abs(losses[1].item() - losses[0].item()) < 0.02 * losses[0].item()
+
+
+PARKED = hf_sparse.pattern("longformer", window=8, global_tokens=(0,))
+
+
+def test_two_threads_run_one_model() -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), PARKED)
+    batches = [tiny_batch(40, rows=2, seed=seed) for seed in range(2)]
+    module = model.encoder.layer[0].attention.self
+    with torch.no_grad():
+        wanted = [model(**batch).last_hidden_state for batch in batches]
+        # between the layer and its attention function, where another thread comes in
+        other: list[Tensor] = []
+
+        def come_in(*_: Any) -> None:
+            if not other:
+                other.append(torch.empty(0))
+                with ThreadPoolExecutor(1) as pool:
+                    other[0] = pool.submit(lambda: model(**batches[1]).last_hidden_state).result()
+
+        handle = module.query.register_forward_hook(come_in)
+        assert torch.equal(model(**batches[0]).last_hidden_state, wanted[0])
+        handle.remove()
+    assert torch.equal(other[0], wanted[1])
+
+
+def test_threads_that_would_share_nodes_are_told_so() -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), hf_sparse.pattern("star"))
+    batches = [tiny_batch(40, rows=2, seed=seed) for seed in range(2)]
+    with torch.no_grad():
+        wanted = model(**batches[1]).last_hidden_state
+        other: list[Tensor] = []
+
+        def come_in(*_: Any) -> None:
+            if not other:
+                other.append(torch.empty(0))
+                with ThreadPoolExecutor(1) as pool:
+                    other[0] = pool.submit(lambda: model(**batches[1]).last_hidden_state).result()
+
+        model.embeddings.word_embeddings.register_forward_hook(come_in)
+        with pytest.raises(RuntimeError, match="two threads run a model with pattern 'star' at a time"):
+            model(**batches[0])
+        assert torch.equal(other[0], wanted)
+        # and it goes on
+        assert torch.equal(model(**batches[1]).last_hidden_state, wanted)
+
+
+def test_a_model_that_is_seen_dense_keeps_no_hidden_states() -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), PARKED).train()
+    model.set_attn_implementation("sdpa")
+    model(**tiny_batch(40)).last_hidden_state.sum().backward()
+    copy.deepcopy(model)

@@ -94,6 +94,7 @@ def test_what_is_kept_is_read() -> None:
             assert (one - other).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean() -> None:
     held = [tensor.detach() for tensor in tensors(30, rows=1)]
     many = [tensor.expand(4000, -1, -1, -1) for tensor in held]
