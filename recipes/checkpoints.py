@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_sparse.recipes.processes import count_processes
+
 # seconds up to a checkpoint, in its folder: what is written last
 CLOCK = "clock.json"
-# what patterns learned that are no parameters, beside adapters, whose files hold nothing else
-BUFFERS = "pattern_buffers.safetensors"
+# what else was learned where adapters are trained, whose files hold nothing else
+BESIDE = "beside_adapters.safetensors"
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -44,8 +46,11 @@ def _is_whole(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
+    processes = count_processes()
+    # each writes its own, and none waits for the others
+    drawn = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
     # torch's files are archives, whose table stands at the end
-    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt"))
+    return all(zipfile.is_zipfile(path) for path in [*checkpoint.glob("*.pt"), *(checkpoint / name for name in drawn)])
 
 
 def state_of(checkpoint: str) -> dict[str, Any]:
@@ -60,23 +65,32 @@ def is_over(checkpoint: str) -> bool:
     return bool(control.get("args", {}).get("should_training_stop"))
 
 
-def save_state_buffers(model: Any, checkpoint: Path) -> None:
-    """Write what adapters leave out of a checkpoint: the buffers of patterns, such as centroids; of other models nothing."""
-    if not isinstance(model, PreTrainedModel) and (held := _state_buffers(model)):
-        save_file({name: buffer.contiguous() for name, buffer in held.items()}, checkpoint / BUFFERS)
+def save_beside_adapters(model: Any, checkpoint: Path) -> None:
+    """Write what adapters leave out of a checkpoint; of a model without adapters nothing.
+
+    These are buffers of patterns, such as centroids, and tables of positions that are no modules.
+    """
+    if not isinstance(model, PreTrainedModel) and (held := _beside_adapters(model)):
+        save_file({name: tensor.contiguous() for name, tensor in held.items()}, checkpoint / BESIDE)
 
 
-def load_state_buffers_(model: Any, checkpoint: str) -> None:
-    """Load what ``save_state_buffers`` wrote, in place."""
-    path = Path(checkpoint, BUFFERS)
+def load_beside_adapters_(model: Any, checkpoint: str) -> None:
+    """Load what ``save_beside_adapters`` wrote, in place."""
+    path = Path(checkpoint, BESIDE)
     if path.is_file():
-        held = _state_buffers(model)
-        for name, buffer in load_file(path).items():
-            held[name].copy_(buffer)
+        held = _beside_adapters(model)
+        for name, tensor in load_file(path).items():
+            held[name].copy_(tensor)
 
 
-def _state_buffers(model: Any) -> dict[str, Any]:
-    return {name: buffer.data for name, buffer in model.named_buffers() if ".sparse_state." in name}
+def _beside_adapters(model: Any) -> dict[str, Any]:
+    held = [(name, buffer) for name, buffer in model.named_buffers() if ".sparse_state." in name]
+    held += [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad and not _is_peft(name)]
+    return {name: tensor.data for name, tensor in held}
+
+
+def _is_peft(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 def take_home(checkpoint: str) -> None:

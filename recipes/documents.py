@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Image, Value, load_dataset
+from pyarrow import ArrowInvalid
+from pyarrow.parquet import read_metadata
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
@@ -13,6 +16,8 @@ from hf_sparse.recipes.arguments import RecipeArguments
 # how a file of a folder is read, by its ending
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 _IMAGES = "imagefolder"
+# train-00000-of-00002.parquet
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def read_splits(arguments: RecipeArguments, columns: tuple[str, ...]) -> dict[str, Any]:
@@ -36,8 +41,8 @@ def read_splits(arguments: RecipeArguments, columns: tuple[str, ...]) -> dict[st
                 f"{arguments.dataset} has no split {name!r}; it has {', '.join(sorted(found))}: name one by --{kind}_split"
             )
         split = found[name]
-        held = split.column_names or list(next(iter(split), {}))
         where = f"{arguments.dataset}: the split {name!r}"
+        held = split.column_names or _first_columns(split, where)
         for column in columns:
             if column.partition(".")[0] not in held:
                 raise RecipeError(f"{where} has no column {column!r}; it has {', '.join(held)}")
@@ -46,6 +51,18 @@ def read_splits(arguments: RecipeArguments, columns: tuple[str, ...]) -> dict[st
         splits[kind] = split
     _check_kinds(splits, columns, arguments.dataset)
     return splits
+
+
+def _first_columns(split: Any, where: str) -> list[str]:
+    """Return the columns of a stream, whose first row is read."""
+    try:
+        first = next(iter(split), None)
+    # datasets raises one of many classes where a file is not what its ending says, some of them its own
+    except Exception as error:
+        raise RecipeError(f"{where} cannot be read: {error or type(error).__name__}") from error
+    if first is None:
+        raise RecipeError(f"{where} is empty")
+    return list(first)
 
 
 def _check_values(split: Dataset, columns: tuple[str, ...], where: str) -> None:
@@ -115,21 +132,23 @@ def some_of(split: Dataset, count: int, column: str) -> Dataset:
 def _of_folder(folder: Path, names: dict[str, str], streamed: set[str]) -> dict[str, Any]:
     if not folder.is_dir():
         raise RecipeError(f"{folder} is a file; name the folder that holds a file for each split")
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        # a folder of images for each label, in one for each split
-        name = path.stem if path.suffix in _READERS else path.name if path.is_dir() else None
-        if name in files and name in names.values():
-            raise RecipeError(f"{folder} holds both {files[name].name} and {path.name}; leave one of them")
-        if name is not None and (path.suffix in _READERS or name in names.values()):
-            files[name] = path
+        # a folder of images for each label, in one for each split; or a file, or several as the Hub names them
+        name = _PART.sub("", path.stem) if path.suffix in _READERS else path.name if path.is_dir() else None
+        if name is None or not (path.suffix in _READERS or name in names.values()):
+            continue
+        before = files.setdefault(name, [])
+        if before and name in names.values() and not (_is_part(path) and _is_part(before[0])):
+            raise RecipeError(f"{folder} holds both {before[0].name} and {path.name}; leave one of them")
+        before.append(path)
     if not files:
         raise RecipeError(f"{folder} holds no {', '.join(_READERS)} file")
     held: dict[str, Any] = dict.fromkeys(files)
     for name in set(names.values()) & set(files):
-        path = files[name]
+        path, parts = files[name][0], [str(part) for part in files[name]]
         reader = _IMAGES if path.is_dir() else _READERS[path.suffix]
-        where = {"data_dir": str(path)} if path.is_dir() else {"data_files": str(path)}
+        where: dict[str, Any] = {"data_dir": str(path)} if path.is_dir() else {"data_files": parts}
         if reader == "text":
             # a file is a document, not each of its lines
             where["sample_by"] = "document"
@@ -137,9 +156,23 @@ def _of_folder(folder: Path, names: dict[str, str], streamed: set[str]) -> dict[
             held[name] = load_dataset(reader, split="train", streaming=name in streamed, **where)
         # datasets raises one of many classes where a file is not what its ending says, some of them its own
         except Exception as error:
+            if reader == "parquet" and not any(_rows_of(part) for part in parts):
+                raise RecipeError(f"{folder}: the split {name!r} is empty") from error
             why = str(error) if path.is_dir() or path.stat().st_size else "it is empty"
             raise RecipeError(f"{path} cannot be read as {reader}: {why or type(error).__name__}") from error
     return held
+
+
+def _rows_of(path: str) -> int:
+    """Return the rows that a parquet file says it has; 1 where it cannot be read."""
+    try:
+        return int(read_metadata(path).num_rows)
+    except (OSError, ArrowInvalid):
+        return 1
+
+
+def _is_part(path: Path) -> bool:
+    return path.is_file() and _PART.search(path.stem) is not None
 
 
 def _of_hub(arguments: RecipeArguments, names: dict[str, str], streamed: set[str]) -> dict[str, Any]:

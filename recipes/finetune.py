@@ -5,6 +5,7 @@ the same arguments.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -78,10 +79,10 @@ def finetune(name: str, arguments: RecipeArguments) -> dict[str, Any]:
     begun["documents"] = {kind: len(split) if hasattr(split, "__len__") else None for kind, split in splits.items()}
     begun["labels"] = getattr(tasks["sparse"], "names", None)
     _check_folder(folder, begun, arguments)
-    _begin_folder(folder, begun)
+    begin = functools.partial(_begin_folder, folder, begun)
     with telling_of_lost_processes(folder):
         runs = [
-            train(tasks[reader.name], reader, arguments, seed, encoded[reader.name], processors[reader.name])
+            train(tasks[reader.name], reader, arguments, seed, encoded[reader.name], processors[reader.name], begin)
             for seed in arguments.seeds
             for reader in readers
         ]
@@ -108,9 +109,11 @@ def _readers(name: str, arguments: RecipeArguments) -> list[Reader]:
     """Return the model and the baselines that are asked for."""
     config = _config(arguments.model)
     if getattr(config, "sparse_attention", None) is None:
+        of_images = f"--pattern image_2d --image-size {2 * getattr(config, 'image_size', 224)}"
+        of_texts = f"--pattern longformer --max-length {arguments.max_length or 4096}"
         raise RecipeError(
             f"{arguments.model} is dense; convert it first: hf-sparse convert {arguments.model} "
-            f"{Path(arguments.model).name}-sparse --pattern longformer --max-length 4096"
+            f"{Path(arguments.model).name}-sparse {of_images if name == 'classify-images' else of_texts}"
         )
     longest = family_of(config).length(config)
     if arguments.max_length is not None:

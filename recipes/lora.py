@@ -57,7 +57,12 @@ def add_lora(model: Any, rank: int, made: frozenset[str] = frozenset()) -> Any:
         modules_to_save=[*heads, *kept],
         fan_in_fan_out=is_turned,
     )
-    return get_peft_model(model, config)
+    found = get_peft_model(model, config)
+    for name, parameter in found.named_parameters():
+        # tables that are parameters of their own, as those of images
+        if _is_positions(name):
+            parameter.requires_grad_(True)
+    return found
 
 
 def merge_lora(model: Any) -> Any:
@@ -66,4 +71,6 @@ def merge_lora(model: Any) -> Any:
 
 
 def _is_positions(name: str) -> bool:
-    return name.endswith(("position_embeddings", "wpe", "embed_positions"))
+    return name.endswith(
+        ("position_embeddings", "position_embedding", "wpe", "embed_positions", "relative_attention_bias")
+    )

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hf_sparse.recipes.checkpoints import load_renamed_, load_state_buffers_
+from hf_sparse.recipes.checkpoints import load_beside_adapters_, load_renamed_
 
 # what peft puts into the name of a module that it trains whole
 _SAVED = ".modules_to_save.default."
@@ -119,4 +119,4 @@ class OrderedTrainer(Trainer):
     def _load_renamed(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_renamed_(self.model, checkpoint)
-            load_state_buffers_(self.model, checkpoint)
+            load_beside_adapters_(self.model, checkpoint)

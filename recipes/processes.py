@@ -57,7 +57,7 @@ def telling_of_lost_processes(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if count_processes() == 1 or not _tells_of_a_peer(error):
+        if not tells_of_a_peer(error):
             raise
         # a bar of progress leaves its line open
         print(file=sys.stderr)
@@ -67,5 +67,8 @@ def telling_of_lost_processes(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _tells_of_a_peer(error: RuntimeError) -> bool:
+def tells_of_a_peer(error: Exception) -> bool:
+    """Say whether an error is a backend's, of a connection to another process of the run."""
+    if count_processes() == 1 or not isinstance(error, RuntimeError):
+        return False
     return isinstance(error, torch.distributed.DistError) or bool(_OF_GLOO.search(str(error)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -10,6 +11,8 @@ from typing import Any
 
 import accelerate
 import datasets
+import evaluate
+import tokenizers
 import torch
 import transformers
 
@@ -30,20 +33,35 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def surroundings(*, use_cpu: bool) -> dict[str, Any]:
-    """Return versions, device, processes, and the commit of the folder that this runs in; None where that is no checkout."""
-    git, commit = shutil.which("git"), None
-    if git is not None:
-        asked = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = asked.stdout.strip() or None
+    """Return versions, device, processes, and the commit of this package; None where it is no checkout."""
     use_cpu |= os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
-    packages = (hf_sparse, torch, transformers, accelerate, datasets)
+    packages = (hf_sparse, torch, transformers, accelerate, datasets, tokenizers, evaluate)
     return {
-        "versions": {package.__name__: package.__version__ for package in packages},
+        "versions": {
+            **{package.__name__: package.__version__ for package in packages},
+            "python": platform.python_version(),
+        },
         "device": "cpu" if use_cpu else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "processes": count_processes(),
-        "commit": commit,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Return the commit that this file is of, with "-dirty" behind it where any Python file is another since."""
+    git = shutil.which("git")
+
+    def said(*words: str) -> str | None:
+        command = [str(git), "-C", str(Path(__file__).resolve().parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # installed, it may lie inside another checkout
+    if git is None or said("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit = said("rev-parse", "HEAD")
+    return f"{commit}-dirty" if said("status", "--porcelain", "--", ":/*.py") else commit
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -52,8 +70,9 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     Args:
         folder: that holds the runs.
         results: "task", "arguments", "splits" (name to number of documents, None where it is not known), "models" (name to
-            "title" and more), "runs": for each model and seed "model", "seed", "metrics", "seconds", "tokens_per_second"
-            (None where nothing was trained) and "peak_memory_mib" (None where it is not known).
+            "title" and more), "runs": for each model and seed "model", "seed", "metrics", "seconds" of training, "wall_seconds"
+            from loading to saving, in its last sitting, "tokens_per_second" (None where nothing was trained) and
+            "peak_memory_mib" (None where it is not known).
     """
     held = {**results, **surroundings(use_cpu=results["arguments"]["use_cpu"])}
     (folder / "results.json").write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
@@ -75,6 +94,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> list[str]:
     """Return the lines of a Markdown table: a row for each model."""
     names = list(results["runs"][0]["metrics"])
+    # of several seeds, scores and times are means, and memory is the most
     head = ["model", *names, "seconds of training", "tokens a second", "peak memory, MiB"]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for key, model in results["models"].items():

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse.integration.attention import attend
-from hf_sparse.integration.layers import tag_of
+from hf_sparse.integration.layers import NAME, tag_of
 from hf_sparse.integration.mask import SparseMask
-from hf_sparse.integration.register import NAME
 from hf_sparse.patterns import Pattern
 from hf_sparse.patterns.labels import RelativeLabels
 from hf_sparse.patterns.routing import Centroids

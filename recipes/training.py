@@ -14,15 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from hf_sparse.errors import FailedRunError, RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.checkpoints import CLOCK, is_over, last_whole_checkpoint, save_state_buffers, state_of, take_home
+from hf_sparse.recipes.checkpoints import (
+    CLOCK,
+    is_over,
+    last_whole_checkpoint,
+    save_beside_adapters,
+    state_of,
+    take_home,
+)
 from hf_sparse.recipes.chunks import read_in_chunks_
 from hf_sparse.recipes.lora import add_lora, merge_lora
 from hf_sparse.recipes.losses import added_losses
+from hf_sparse.recipes.processes import tells_of_a_peer
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.tasks.parent import Task
 
@@ -60,7 +69,7 @@ class StepClock(TrainerCallback):
     def on_save(self, args: Any, state: Any, *_: Any, model: Any = None, **__: Any) -> None:
         if state.is_world_process_zero:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}", CLOCK)
-            save_state_buffers(model, path.parent)
+            save_beside_adapters(model, path.parent)
             path.write_text(json.dumps(self.seconds), encoding="utf-8")
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -82,7 +91,13 @@ class Watch(TrainerCallback):
 
 
 def train(
-    task: Task, reader: Reader, arguments: RecipeArguments, seed: int, splits: dict[str, Any], tokenizer: Any
+    task: Task,
+    reader: Reader,
+    arguments: RecipeArguments,
+    seed: int,
+    splits: dict[str, Any],
+    tokenizer: Any,
+    begin: Callable[[], None],
 ) -> dict[str, Any]:
     """Train and judge one model, and leave it in the folder of its seed; what is done already is read there.
 
@@ -93,10 +108,12 @@ def train(
         seed: of the run.
         splits: "train", "validation" and "test" as the reader reads them.
         tokenizer: of the model.
+        begin: called once nothing is left that may not fit, before anything is written.
     """
     folder = folder_of(reader, arguments, seed)
     if (folder / DONE).is_file():
         return read_json(folder / DONE)
+    start = time.perf_counter()
     set_seed(seed)
     model = task.load(reader.source)
     if reader.reading.chunk:
@@ -104,6 +121,8 @@ def train(
     losses = added_losses(model, arguments, tokenizer) if reader.name == "sparse" else []
     if arguments.lora:
         model = add_lora(model, arguments.lora, task.made)
+    collator = task.collator(tokenizer, model, reader.reading)
+    begin()
     clock = StepClock()
     stopping = [EarlyStoppingCallback(arguments.patience)] if arguments.patience else []
     trainer = _with_losses(task.trainer, losses)(
@@ -112,7 +131,7 @@ def train(
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
-        data_collator=task.collator(tokenizer, model, reader.reading),
+        data_collator=collator,
         compute_metrics=lambda held: _validated(task, held),
         preprocess_logits_for_metrics=task.reduce,
         callbacks=[clock, Watch(), *stopping],
@@ -156,6 +175,7 @@ def train(
         if trainer.is_world_process_zero():
             if not any(folder.glob("*.safetensors")):
                 raise FailedRunError(f"Trainer wrote no weights to {folder}, which keeps its checkpoints")
+            run["wall_seconds"] = time.perf_counter() - start
             (folder / DONE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     return run
 
@@ -201,8 +221,11 @@ def _failing(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        raise FailedRunError(f"{error} (after training had begun; {folder} keeps its checkpoints)") from error
+    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, FailedRunError) or tells_of_a_peer(error):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise FailedRunError(f"{said} (after training had begun; {folder} keeps its checkpoints)") from error
 
 
 def _validated(task: Task, held: Any) -> dict[str, float]:

@@ -174,6 +174,19 @@ def break_off(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(Trainer, "training_step", step)
 
 
+def keep_saved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that gets the model of each run that is saved at its end, as it was in memory."""
+    save, kept = Trainer.save_model, []
+
+    def saving(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save(self, output_dir, _internal_call)
+        if not _internal_call:
+            kept.append(self.model)
+
+    monkeypatch.setattr(Trainer, "save_model", saving)
+    return kept
+
+
 def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of each step that is taken."""
     done, taken = Trainer.training_step, []

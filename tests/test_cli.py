@@ -4,7 +4,6 @@ import json
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,10 @@ import torch
 import typer
 
 import hf_sparse
-from hf_sparse import cli, console
+from hf_sparse import cli
 from hf_sparse.conversion import shards
+from tests.conftest import Command
 from tests.support.checkpoints import write_checkpoint, write_tokenizer
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def hf_sparse_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Return a function that runs ``hf-sparse`` here: its exit code, stdout and stderr."""
-    held = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    # a process that was started in the background inherits that it is to ignore this one
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def command(*args: str) -> tuple[int, str, str]:
-        # bars of the models that a test saved
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            console.run(cli.app, "hf-sparse", args)
-        said = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, said.out, said.err
-
-    yield command
-    for number, handler in held.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

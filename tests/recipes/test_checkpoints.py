@@ -1,6 +1,7 @@
 """A checkpoint that was not written to its end is passed over."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 import torch
 from safetensors.torch import save_file
 
+from hf_sparse.recipes import checkpoints
 from hf_sparse.recipes.checkpoints import last_whole_checkpoint, take_home
 
 
@@ -18,7 +20,8 @@ def write(folder: Path) -> Path:
     (folder / "trainer_state.json").write_text("{}")
     (folder / "clock.json").write_text("1.5")
     save_file({"weight": torch.ones(100)}, folder / "model.safetensors")
-    torch.save({"state": torch.ones(100)}, folder / "optimizer.pt")
+    for name in ("optimizer.pt", "rng_state.pth"):
+        torch.save({"state": torch.ones(100)}, folder / name)
     return folder
 
 
@@ -33,13 +36,24 @@ def test_the_newest_that_is_whole_is_taken(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "clock.json", "model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "clock.json", "model.safetensors", "optimizer.pt", "rng_state.pth"]
+)
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_one_with_a_file_that_is_cut_short_is_passed_over(tmp_path: Path, name: str, share: float) -> None:
     write(tmp_path / "checkpoint-4")
     path = write(tmp_path / "checkpoint-8") / name
     held = path.read_bytes()
     path.write_bytes(held[: int(share * len(held))] if name != "clock.json" else b"")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_each_process_has_to_have_written_what_it_draws_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "count_processes", lambda: 2)
+    for step in (4, 8):
+        path = write(tmp_path / f"checkpoint-{step}")
+        shutil.copy(path / "rng_state.pth", path / "rng_state_0.pth")
+    shutil.copy(path / "rng_state.pth", tmp_path / "checkpoint-4" / "rng_state_1.pth")
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 

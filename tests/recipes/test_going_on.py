@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer
 
@@ -53,6 +54,8 @@ def test_a_run_that_is_over_is_judged_by_its_best_epoch(
     (run,) = finetune("classify", held)["runs"]
     folder = tmp_path / "run" / "seed-0"
     state = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())
+    # which is not the last one
+    assert state["best_model_checkpoint"].endswith("checkpoint-3")
     weights = load_file(folder / "model.safetensors")
     (folder / "run.json").unlink()
     taken = count_steps(monkeypatch)
@@ -113,16 +116,31 @@ def test_a_folder_that_was_moved_is_gone_on_with_from_its_best(
     assert state["best_model_checkpoint"] == str(tmp_path / "moved" / "seed-0" / "checkpoint-4")
 
 
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("training_step", OSError("No space left on device")),
+        ("training_step", torch.OutOfMemoryError("out of\nmemory")),
+        ("_save_optimizer_and_scheduler", RuntimeError("PytorchStreamWriter failed writing file data/0")),
+        ("save_model", SafetensorError("Error while serializing")),
+    ],
+    ids=lambda held: type(held).__name__,
+)
 def test_what_goes_wrong_on_the_way_says_that_training_had_begun(
-    checkpoints: Path, things: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, error: Exception, checkpoints: Path, things: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
+        raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", fail)
-        with pytest.raises(FailedRunError, match=r"No space left on device \(after training had begun; .* keeps its"):
-            finetune("classify", arguments(checkpoints, things, tmp_path / "full"))
+    monkeypatch.setattr(Trainer, where, fail)
+    said = " ".join(str(error).split())
+    with pytest.raises(FailedRunError, match=rf"{said} \(after training had begun; .* keeps its"):
+        finetune("classify", arguments(checkpoints, things, tmp_path / "full", epochs=1.0))
+
+
+def test_a_run_without_weights_is_not_done(
+    checkpoints: Path, things: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = Trainer.save_model
 
     def save_checkpoints(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:

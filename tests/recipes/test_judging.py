@@ -15,22 +15,21 @@ pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+import hf_sparse
 from hf_sparse.errors import FailedRunError, RecipeError
 from hf_sparse.recipes.arguments import RecipeArguments
-from hf_sparse.recipes.documents import read_splits
 from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.metrics import load_metric
 from hf_sparse.recipes.reading import Reading
 from hf_sparse.recipes.results import spread, table
 from hf_sparse.recipes.tasks.answer import Answering
 from hf_sparse.recipes.tasks.classify import Classification
-from hf_sparse.recipes.tasks.distill import Distillation, _relations
 from hf_sparse.recipes.tasks.language import Causal, Masked, _predicted_bytes
 from hf_sparse.recipes.tasks.retrieve import Retrieval
 from hf_sparse.recipes.tasks.summarize import Summarization
 from hf_sparse.recipes.tasks.tag import Tagging
 from hf_sparse.recipes.training import _judged, _validated
-from tests.recipe_cases import arguments, asked, passage, plain, write
+from tests.recipe_cases import arguments, asked, passage, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = RecipeArguments("model", "data", "out")
@@ -218,13 +217,6 @@ def test_a_letter_of_several_bytes_counts_as_such() -> None:
     assert _predicted_bytes({"input_ids": ids, "document_ids": [0, 0, 1, 1]}, letters) == 3 + 2
 
 
-def test_of_a_long_row_the_tokens_that_are_compared_count_for_all() -> None:
-    real = torch.arange(1000) < torch.tensor([[1000], [700]])
-    *_, picked, share = _relations(torch.randn(2, 1000, 4), torch.randn(2, 1000, 4), real)
-    assert picked.sum(1).max() <= 256
-    assert (picked * share).sum(1).tolist() == pytest.approx([1000.0, 700.0])
-
-
 def test_neither_padding_nor_the_first_token_of_a_document_is_predicted() -> None:
     task = Causal(splits_of(text=["x"]), HELD)
     batch = {
@@ -339,8 +331,28 @@ def test_a_metric_that_is_asked_for_stands_beside_ours(tmp_path: Path, monkeypat
             task.metrics(logits, np.array([0, 1, 1, 1]), "test")
 
 
-def test_distillation_is_chosen_by_whole_rows_unless_none_are_trained_on(checkpoints: Path, tmp_path: Path) -> None:
-    dataset = write(tmp_path / "data", plain)
-    for share, wanted in ((0.5, "kl_long"), (1.0, "kl")):
-        held = arguments(checkpoints, dataset, tmp_path / "run", teacher="dense", short_share=share)
-        assert Distillation(read_splits(held, Distillation.columns(held)), held).best == wanted
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        (Classification, {"text": ["a module", "the river of words"], "label": ["0", "1"]}),
+        (Tagging, {"tokens": [["a", "module"], ["the", "river"]], "tags": [["O", "B-X"], ["O", "B-X"]]}),
+        (Retrieval, {"text": ["a module", "the river of words"], "query": ["module", "what flows"]}),
+        (Summarization, {"text": ["a module", "the river of words"], "summary": ["module", "river"]}),
+    ],
+)
+def test_the_first_token_of_a_document_is_global_though_nobody_said_so(
+    task: Any, columns: dict[str, Any], checkpoints: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    prefix = "bart-" if task is Summarization else ""
+    pattern = hf_sparse.pattern("longformer", window=32, global_projections=False)
+    hf_sparse.convert(checkpoints / f"{prefix}dense", tmp_path / "sparse", pattern, max_length=256, verify=False)
+    splits = splits_of(**columns)
+    held = task(splits, HELD)
+    rows = held.encode(splits["test"], "test", tokenizer, Reading(64))
+    batch = held.collator(tokenizer, held.load(str(tmp_path / "sparse")), Reading(64))(list(rows))
+    names = ["", "query_"] if task is Retrieval else [""]
+    for name in names:
+        marks = batch[f"{name}global_attention_mask"]
+        assert marks.shape == batch[f"{name}input_ids"].shape
+        assert marks[:, 0].tolist() == [1, 1]
+        assert int(marks.sum()) == 2

@@ -1,11 +1,17 @@
 """The order of the training documents depends on the seed and the epoch alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("datasets", reason="the recipes need hf-sparse[recipes]")
 
-from hf_sparse.recipes.order import ByLength
+from pathlib import Path
+
+from hf_sparse.recipes.finetune import finetune
+from hf_sparse.recipes.order import ByLength, OrderedTrainer
+from tests.recipe_cases import TASKS, arguments, write
 
 LENGTHS = [3 + 7 * i % 41 for i in range(64)]
 
@@ -35,3 +41,22 @@ def test_documents_of_a_step_are_of_about_one_length() -> None:
         return sum(max(step) * 4 - sum(step) for step in steps)
 
     assert padding(order(0, 0)) < 0.5 * padding(torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist())
+
+
+@pytest.mark.parametrize("task", ["classify", "mlm", "retrieve"])
+def test_recipes_read_in_that_order(
+    task: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, fields, _ = TASKS[task]
+    samplers = []
+    sampler_of = OrderedTrainer._get_train_sampler
+
+    def keep(self: OrderedTrainer, *args: Any) -> Any:
+        samplers.append(sampler_of(self, *args))
+        return samplers[-1]
+
+    monkeypatch.setattr(OrderedTrainer, "_get_train_sampler", keep)
+    dataset = write(tmp_path / "data", make)
+    finetune(task, arguments(checkpoints, dataset, tmp_path / "run", task, max_steps=1, **fields))
+    assert samplers
+    assert all(isinstance(sampler, ByLength) for sampler in samplers)

@@ -210,7 +210,6 @@ def test_picks_that_are_rewarded_become_likelier() -> None:
         policy(rewards[-1]).backward()
         optimizer.step()
     first, last = (torch.stack(own).mean().item() for own in (rewards[:10], rewards[-10:]))
-    assert first < 0.6
     assert last > first + 0.2
 
 

@@ -113,6 +113,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(dataset: str, 
     check_same(tmp_path / "two" / "routing", tmp_path / "one" / "routing")
 
 
+@pytest.mark.slow
 @pytest.mark.several_processes
 def test_tasks_whose_losses_are_no_means_of_documents_learn_the_same_too(checkpoints: Path, tmp_path: Path) -> None:
     """Tokens of documents of several lengths, queries against the documents of all processes, divergences of tokens."""

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import hf_sparse
 from hf_sparse.errors import RecipeError
+from hf_sparse.recipes.checkpoints import load_beside_adapters_, save_beside_adapters
 from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.lora import add_lora
 from tests.recipe_cases import (
@@ -27,6 +28,7 @@ from tests.recipe_cases import (
     arguments,
     break_off,
     count_steps,
+    keep_saved,
     labelled,
     passage,
     plain,
@@ -34,6 +36,7 @@ from tests.recipe_cases import (
 )
 from tests.support.checkpoints import write_image_processor
 from tests.support.models import tiny_vision_model
+from tests.support.zoo import tiny_of_type
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +47,9 @@ def test_a_task_learns_goes_on_and_is_reloaded(
 ) -> None:
     make, fields, auto = TASKS[task]
     dataset = write(tmp_path / "data", make)
-    (run,) = finetune(task, arguments(checkpoints, dataset, tmp_path / "whole", task, **fields))["runs"]
+    with monkeypatch.context() as patch:
+        trained = keep_saved(patch)
+        (run,) = finetune(task, arguments(checkpoints, dataset, tmp_path / "whole", task, **fields))["runs"]
     losses = run["losses"]
     assert statistics.fmean(losses[-4:]) < statistics.fmean(losses[:4])
     assert all(value == value for value in run["metrics"].values())
@@ -64,12 +69,16 @@ def test_a_task_learns_goes_on_and_is_reloaded(
     assert again["metrics"] == run["metrics"]
     folders = [tmp_path / name / "seed-0" for name in ("whole", "parts")]
     batch = AutoTokenizer.from_pretrained(folders[0])(passage(random.Random(1), 100), return_tensors="pt")
-    loaded = [getattr(transformers, auto).from_pretrained(folder).eval() for folder in (*folders, folders[0])]
+    loaded = [getattr(transformers, auto).from_pretrained(folder) for folder in folders]
     with torch.no_grad():
-        said = [next(iter(model(**batch).values())) for model in loaded]
+        said = [next(iter(model.eval()(**batch).values())) for model in (*loaded, *trained)]
     assert type(loaded[0]).__name__.startswith(FAMILIES.get(task, ("", "SparseBert"))[1])
+    # of the run that was broken off
     assert torch.equal(said[0], said[1])
-    assert torch.equal(said[0], said[2])
+    # and of the model that was trained, whose weights lie elsewhere in memory, so that they may be added in another order
+    torch.testing.assert_close(said[0], said[2])
+    held = trained[0].state_dict()
+    assert all(torch.equal(weight, held[name]) for name, weight in loaded[0].state_dict().items())
 
 
 @pytest.mark.parametrize("task", ["classify", "answer", "tag", "retrieve", "mlm", "clm", "summarize"])
@@ -190,6 +199,33 @@ def test_what_the_checkpoint_did_not_hold_is_trained_beside_adapters(checkpoints
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     for name in ("bert.pooler.dense.modules_to_save.default.weight", "classifier.modules_to_save.default.weight"):
         assert f"base_model.model.{name}" in trained
+
+
+# peft asks a model by an older name
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_tables_of_positions_are_trained_beside_adapters_whatever_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="--lora needs hf-sparse[peft]")
+
+    def trained(model: Any) -> set[str]:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    # a parameter of its own, which is in no file of adapters
+    images = add_lora(hf_sparse.sparsify_(tiny_vision_model("ViT"), hf_sparse.pattern("image_2d")), 2)
+    assert "base_model.model.embeddings.position_embeddings" in trained(images)
+    table = images.base_model.model.embeddings.position_embeddings
+    wanted = table.detach().clone()
+    save_beside_adapters(images, tmp_path)
+    table.data.zero_()
+    load_beside_adapters_(images, str(tmp_path))
+    assert torch.equal(table, wanted)
+    # a bias by distance, in the first layer of each stack
+    t5 = add_lora(hf_sparse.sparsify_(tiny_of_type("t5"), hf_sparse.pattern("band", radius=4)), 2)
+    assert sum("relative_attention_bias.modules_to_save" in name for name in trained(t5)) == 2
+    ids = torch.arange(5, 25)[None]
+    t5(input_ids=ids, decoder_input_ids=ids).logits.square().sum().backward()
+    bias = next(p for name, p in t5.named_parameters() if "relative_attention_bias.modules_to_save" in name)
+    assert bias.grad is not None
+    assert bias.grad.abs().max() > 0
 
 
 # peft asks a model by an older name

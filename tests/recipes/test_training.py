@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,6 +207,23 @@ def test_a_token_that_is_none_is_not_sent(
 
 def test_results_need_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.shutil, "which", lambda name: None)
+    assert results.surroundings(use_cpu=True)["commit"] is None
+
+
+def test_results_say_which_commit_of_the_package_ran_wherever_it_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = shutil.which("git")
+    if git is None or not (Path(results.__file__).resolve().parents[1] / ".git").exists():
+        pytest.skip("this is no checkout, or git is not installed")
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "x", "--allow-empty"]):
+        subprocess.run([git, "-C", str(tmp_path), *command], check=True)
+    monkeypatch.chdir(tmp_path)
+    asked = [git, "-C", str(Path(results.__file__).resolve().parent), "rev-parse", "HEAD"]
+    wanted = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    assert results.surroundings(use_cpu=True)["commit"].removesuffix("-dirty") == wanted
+    # installed into a folder of another checkout
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
     assert results.surroundings(use_cpu=True)["commit"] is None
 
 
