@@ -23,7 +23,7 @@ from hf_sparse.conversion.weights import weight_files
 _BACKENDS = ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
 # folders that hold the dense model in another format, another state of it, or no part of it
 _FOREIGN_FOLDERS = (
-    *("onnx", "openvino", "coreml", "tflite", "checkpoint-*", "global_step*", "runs", "wandb"),
+    *("onnx", "openvino", "coreml", "tflite", "original", "metal", "checkpoint-*", "global_step*", "runs", "wandb"),
     *(".git", ".cache", "__pycache__"),
 )
 # in the transformer's own folder: other formats of the same weights, and what its training left
@@ -43,7 +43,10 @@ _FOREIGN_FILES = (
     ),
     *("*.mlmodel", "*.pb", "*.npz", "*.pkl", "trainer_state.json", "modeling_lsg_*.py"),
 )
-VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.json", "sentencepiece.bpe.model", "spiece.model")
+VOCABULARIES = (
+    *("vocab.txt", "vocab.json", "tokenizer.json", "tokenizer.model"),
+    *("sentencepiece.bpe.model", "spiece.model"),
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,9 @@ def _rewritten(
             name_image_processor(held, target.model_type)
         if path == inner / "tokenizer_config.json":
             _name_tokenizer(held, checkpoint, target)
+            # paths of the machine that saved it, which transformers leaves out as well
+            for field in ("name_or_path", "special_tokens_map_file", "tokenizer_file"):
+                held.pop(field, None)
         if json.dumps(held) != before:
             # a vocabulary of 250,000 entries is not spread over as many lines
             form: dict[str, Any] = {"separators": (",", ":")} if path.name == "tokenizer.json" else {"indent": 2}
@@ -161,7 +167,8 @@ def _editor(name: str) -> Callable[[dict[str, Any], int], None] | None:
         return _raise_tokenizer
     if name == "tokenizer.json":
         return _raise_fast_tokenizer
-    return _raise_sentence_transformer if fnmatchcase(name, "sentence_*_config.json") else None
+    is_of_sentences = fnmatchcase(name, "sentence_*_config.json") or name == "config_sentence_transformers.json"
+    return _raise_sentence_transformer if is_of_sentences else None
 
 
 def _raise_tokenizer(held: dict[str, Any], length: int) -> None:

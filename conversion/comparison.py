@@ -68,6 +68,7 @@ class Comparison:
     Attributes:
         shares: kept attention by layer, float64 ``[H]``; NaN where it cannot be told.
         shapes: heads, key and value heads, and width of a head, by layer.
+        calls: how often the model called each layer.
         divergence: Kullback-Leibler divergence from the dense model's distribution over the vocabulary to the sparse one's, in
             nats, mean over tokens; None without a language-model head.
         cosine: of the last hidden states, mean over tokens.
@@ -76,6 +77,7 @@ class Comparison:
 
     shares: dict[str, Tensor]
     shapes: dict[str, tuple[int, int, int]]
+    calls: dict[str, int]
     divergence: float | None
     cosine: float
     hidden: tuple[Tensor, Tensor]
@@ -103,7 +105,7 @@ def compare(dense: Any, sparse: Any, target: Target, row: Tensor, *, has_head: b
         divergence = divergence_of(want_logits, got_logits)
     cosine = float(cosine_similarity(want.double(), got.double(), dim=1).mean())
     shares = {name: share[0] for name, share in kept.shares.items()}
-    return Comparison(shares, kept.shapes, divergence, cosine, (want, got))
+    return Comparison(shares, kept.shapes, kept.calls, divergence, cosine, (want, got))
 
 
 def divergence_of(want: Tensor, got: Tensor) -> float:

@@ -264,7 +264,8 @@ def _readme(checkpoint: Checkpoint) -> str | None:
     """Return the source's README, None where there is none."""
     path = checkpoint.root / _README
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        # some editors begin files with a mark
+        return path.read_text(encoding="utf-8-sig") if path.is_file() else None
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
 

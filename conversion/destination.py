@@ -25,6 +25,14 @@ def check_destination(destination: str | os.PathLike[str], *, source: Path) -> P
         raise ConversionError(f"destination {wanted} holds the source {source}; choose another folder")
     if wanted.exists() and not wanted.is_dir():
         raise ConversionError(f"destination {wanted} is a file; choose a folder")
+    if source == wanted.with_name(f"{wanted.name}.partial"):
+        raise ConversionError(
+            f"the source {source} has the name that a conversion to {wanted} writes to meanwhile; choose another destination"
+        )
+    if os.path.ismount(wanted):
+        raise ConversionError(
+            f"destination {wanted} is a disk of its own, which no folder can take the place of; choose a folder in it"
+        )
     parent = wanted.parent
     if not parent.is_dir():
         raise ConversionError(f"{parent}, the folder that is to hold the destination, does not exist; make it first")
@@ -43,6 +51,8 @@ def check_free(wanted: Path, *, overwrite: bool) -> None:
     Raises:
         ConversionError: if it holds something that is not to be replaced.
     """
+    if wanted == Path.cwd():
+        raise ConversionError(f"destination {wanted} is the current folder, which would be replaced; choose one in it")
     if not wanted.is_dir() or not any(wanted.iterdir()):
         return
     if not overwrite:

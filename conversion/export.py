@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -15,17 +16,18 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_sparse.conversion.companions import is_foreign
-from hf_sparse.conversion.destination import check_destination, check_free
+from hf_sparse.conversion.destination import check_destination, check_free, check_space
 from hf_sparse.conversion.in_tree import KIN, Kin
 from hf_sparse.conversion.source import files_of, locate
 from hf_sparse.conversion.verify import quietly
 from hf_sparse.conversion.verify_in_tree import in_tree_difference
-from hf_sparse.errors import ConversionError, UnsupportedModelError
+from hf_sparse.errors import ConversionError, UnfinishedConversionError, UnsupportedModelError
 from hf_sparse.integration.auto import sparse_model_class
 from hf_sparse.integration.card import PICTURE
 from hf_sparse.integration.families import family_of
@@ -147,6 +149,10 @@ def export(
     with quietly(), torch.random.fork_rng(devices=[]):
         made = made_class(_config(model.config, kin, fields)).to(model.dtype)
         made.load_state_dict(_weights(model, made, kin, TYPES[to]))
+        if made.can_generate() and model.generation_config is not None:
+            # what config.json alone may say
+            made.generation_config = model.generation_config
+    check_space(wanted, sum(weight.nbytes for weight in made.state_dict().values()))
     with _beside(wanted) as folder:
         with quietly():
             made.save_pretrained(folder)
@@ -160,7 +166,7 @@ def export(
         if verify:
             pattern = next(pattern for pattern in _patterns(model) if pattern is not None)
             difference, compared = in_tree_difference((made_class, folder), (cls, root, config), pattern)
-        _put_in_place(folder, wanted)
+        _put_in_place(folder, wanted, overwrite=overwrite)
     length = family_of(config).length(config)
     seconds = time.monotonic() - started
     return ExportReport(name, str(destination), made_class.__name__, length, notes, difference, compared, seconds)
@@ -169,6 +175,11 @@ def export(
 def _read_sparse(root: Path, name: str) -> Any:
     if not (root / "config.json").is_file():
         raise ConversionError(f"{name} is not a checkpoint: {root} holds no config.json; pass the folder that holds it")
+    if (root / "adapter_config.json").is_file():
+        raise ConversionError(
+            f"{name} holds an adapter (adapter_config.json), which an export would leave out; merge it into its model and save "
+            "that, or remove it"
+        )
     try:
         config = AutoConfig.from_pretrained(root)
     except (OSError, ValueError) as error:
@@ -345,24 +356,43 @@ def _weights(model: Any, made: Any, kin: Kin, model_type: str) -> dict[str, Tens
 def _beside(wanted: Path) -> Iterator[Path]:
     """Yield a folder beside the destination, which is gone at the end unless it took the destination's place."""
     folder = wanted.with_name(f"{wanted.name}.partial")
-    if folder.exists():
-        raise ConversionError(f"{folder} is in the way; remove it, or choose another destination")
+    for way in (folder, _aside(wanted)):
+        if way.exists():
+            raise ConversionError(f"{way} is in the way; remove it, or choose another destination")
     folder.mkdir()
     try:
         yield folder
+    except SafetensorError as error:
+        raise UnfinishedConversionError(
+            f"the weights could not be written, and nothing was left at {wanted}: {error}"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put_in_place(folder: Path, wanted: Path) -> None:
-    aside = wanted.with_name(f"{wanted.name}.replaced")
-    had_one = wanted.exists()
-    if had_one:
-        os.rename(wanted, aside)
+def _aside(wanted: Path) -> Path:
+    """Return where what is replaced stands for a moment."""
+    return wanted.with_name(f"{wanted.name}.replaced")
+
+
+def _put_in_place(folder: Path, wanted: Path, *, overwrite: bool) -> None:
+    if not overwrite or not wanted.exists():
+        try:
+            # takes the place of an empty folder, and of no other
+            os.rename(folder, wanted)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise UnfinishedConversionError(
+                    f"destination {wanted} was filled by someone else meanwhile; choose another"
+                ) from error
+            raise
+        return
+    aside = _aside(wanted)
     try:
+        os.rename(wanted, aside)
         os.rename(folder, wanted)
-    except OSError:
-        if had_one:
+    except BaseException:
+        if aside.exists() and not wanted.exists():
             os.rename(aside, wanted)
         raise
     shutil.rmtree(aside, ignore_errors=True)

@@ -203,10 +203,11 @@ class _Judge:
         model = load_sparse(band, self.reading.checkpoint.folder)
         model.set_attn_implementation("sdpa")
         linear, peak = self.costs(model)
-        shapes = compare(self.dense, self.dense, band, self.pieces[0]).shapes
+        found = compare(self.dense, self.dense, band, self.pieces[0])
         operations = [
-            costs.attention_operations(layer_density(None, layer, self.longest), shapes[layer_key(layer)], self.longest)
-            for layer in band.layers
+            found.calls[key]
+            * costs.attention_operations(layer_density(None, layer, self.longest), found.shapes[key], self.longest)
+            for key, layer in ((layer_key(layer), layer) for layer in band.layers)
         ]
         return DenseCosts(self.losses(self.dense, is_dense=True), linear + sum(operations), peak)
 
@@ -228,16 +229,19 @@ class _Judge:
         losses = self.losses(sparse)
         count(1)
         keys = [layer_key(layer) for layer in target.layers]
-        shapes = [found[0].shapes[key] for key in keys]
+        shapes, calls = [found[0].shapes[key] for key in keys], [found[0].calls[key] for key in keys]
         patterns = [target.entry.pattern_of(layer.stack, layer.index) for layer in target.layers]
         linear, peak = self.costs(sparse)
-        timings = costs.attention_timings(patterns, target.layers, shapes[0])
+        # a layer that is called several times takes as long as several
+        turns = [at for at, count_of in enumerate(calls) for _ in range(count_of)]
+        layers = [target.layers[at] for at in turns]
+        timings = costs.attention_timings([patterns[at] for at in turns], layers, shapes[0])
         count(1)
         reasons = [reason for reason in map(unkept_reason, patterns) if reason is not None]
         kept = tuple(tuple(torch.stack([held.shares[key] for held in found]).mean(0).tolist()) for key in keys)
         operations = [
-            costs.attention_operations(layer_density(pattern, layer, self.longest), shape, self.longest)
-            for pattern, layer, shape in zip(patterns, target.layers, shapes, strict=True)
+            times * costs.attention_operations(layer_density(pattern, layer, self.longest), shape, self.longest)
+            for pattern, layer, shape, times in zip(patterns, target.layers, shapes, calls, strict=True)
         ]
         divergences = [held.divergence for held in found if held.divergence is not None]
         entry, plan = target.entry.to_dict(), one if isinstance(one, LayerPlan) else None

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
 
 from hf_sparse.errors import ConversionError
 from hf_sparse.integration.hub import clean_token, said_by_hub
@@ -17,7 +17,7 @@ _UNWANTED = [
         for place in ("", "0_*/")
         for file in ("tf_model*.h5", "flax_model*.msgpack", "rust_model*.ot", "*.gguf", "*.onnx")
     ),
-    *(f"{folder}/*" for folder in ("onnx", "openvino", "coreml", "checkpoint-*", "runs")),
+    *(f"{folder}/*" for folder in ("onnx", "openvino", "coreml", "original", "metal", "checkpoint-*", "runs")),
     *("*.tflite", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin"),
 ]
 
@@ -42,15 +42,31 @@ def download(
     """
     token = clean_token(token)
     folder = _fetch(repository, revision, token, [*_UNWANTED, *_PICKLES])
-    if allow_pickle and not any(folder.rglob("model*.safetensors*")):
+    # of the transformer: other modules of sentence-transformers have files of their own
+    if allow_pickle and not any(path for place in ("", "0_*/") for path in folder.glob(f"{place}model*.safetensors*")):
         folder = _fetch(repository, folder.name, token, _UNWANTED)
     try:
         names = HfApi().list_repo_files(repository, revision=folder.name, token=token)
     # the cache served it without a connection, whose errors belong to whatever HTTP client the Hub's library uses
     except Exception:
-        names = []
+        names = _known_files(repository, folder.name)
     unfetched = tuple(sorted(name for name in names if not (folder / name).exists()))
     return folder, f"{repository}@{folder.name}", unfetched
+
+
+def _known_files(repository: str, commit: str) -> list[str]:
+    """Return the files that the cache says a commit has.
+
+    Raises:
+        ConversionError: if it does not say: the tokenizer may be among what it lacks.
+    """
+    try:
+        return [file.path for file in get_cached_repo_tree(repository, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        raise ConversionError(
+            f"the cache may hold {repository} in part, and {constants.ENDPOINT} cannot be asked which files it has; fetch all "
+            f"of it once with `hf download {repository}`, or pass a folder"
+        ) from None
 
 
 def _fetch(repository: str, revision: str | None, token: str | bool | None, unwanted: list[str]) -> Path:

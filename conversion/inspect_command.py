@@ -86,6 +86,8 @@ def check_page(html: Path | None) -> None:
     Raises:
         ValueError: if its folder is missing.
     """
+    if html is not None and html.expanduser().is_dir():
+        raise ValueError(f"--html {html} is a folder; name a file in it")
     if html is not None and not html.expanduser().absolute().parent.is_dir():
         raise ValueError(f"--html {html}: there is no folder {html.parent}; make it first")
 

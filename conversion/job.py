@@ -70,6 +70,9 @@ class Job:
             ) from None
         differ = [key for key in self.arguments if arguments.get(key) != self.arguments[key]]
         if differ:
+            with self._locked():
+                # one that runs is no leftover
+                pass
             said = "; ".join(
                 f"{key} was {_short(arguments.get(key))}, now {_short(self.arguments[key])}" for key in differ
             )
@@ -78,9 +81,11 @@ class Job:
                 "or remove that folder to start anew"
             )
         self.done, self.result = done, result
-        if result is not None and not self.files.exists() and not self.destination.is_dir():
-            # what had been made was removed
-            self.done, self.result = {}, None
+        if result is not None and not self.files.exists():
+            whole = (_is_whole(self.destination / path, digest) for path, digest in done.items())
+            if not self.destination.is_dir() or not all(whole):
+                # what had been made was removed, or is another thing by now
+                self.done, self.result = {}, None
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
@@ -100,7 +105,7 @@ class Job:
             except BaseException as error:
                 if self.is_in_place:
                     raise
-                if not isinstance(error, SystemExit):
+                if not isinstance(error, SystemExit) and not (self.folder / "replaced").exists():
                     shutil.rmtree(self.folder, ignore_errors=True)
                 if isinstance(error, OSError):
                     raise UnfinishedConversionError(_explain(error, self.destination)) from error

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -138,6 +138,9 @@ def _as_dense(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     config = read_config(checkpoint)
     origin, held = read_as_dense(checkpoint.name, kin, config)
+    # a config object forgets what it says of generation
+    of_generation = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    held |= {key: value for key, value in checkpoint.config.items() if key in of_generation and key not in held}
     shards = tuple(
         dataclasses.replace(
             shard, tensors=tuple(new for held in shard.tensors for new in kin.dense_tensors(held, config))

@@ -141,7 +141,9 @@ class Target:
         if "rope_parameters" in fields:
             # what older versions said instead
             second |= {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"}
-        kept = {key: value for key, value in held.items() if key not in {*_ATTENTION_KEYS, *second}}
+        # where a source lay is nobody's business
+        left_out = {*_ATTENTION_KEYS, *second, "_name_or_path"}
+        kept = {key: value for key, value in held.items() if key not in left_out}
         if kept.get("sep_token_id") is None and separator is not None:
             kept["sep_token_id"] = separator
         return {

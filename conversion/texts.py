@@ -99,7 +99,8 @@ def read_texts(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Texts:
 
 def _read_lines(held: str, path: str | os.PathLike[str]) -> list[str]:
     texts: list[str] = []
-    for number, line in enumerate(held.splitlines(), start=1):
+    # other ends of lines may stand inside of JSON
+    for number, line in enumerate(held.split("\n"), start=1):
         if not line.strip():
             continue
         try:

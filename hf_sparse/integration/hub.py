@@ -114,6 +114,8 @@ def said_by_hub(error: BaseException) -> str:
         return "it takes no token from here, or not this one (status 401); log in with `hf auth login`, or set HF_TOKEN"
     if status == 403:
         return "the token may not do this (status 403); take one that may write, and a place of your own"
+    if status == 400:
+        return "it refuses what it is sent (status 400); look at license and base_model at the top of README.md"
     if status == 404:
         return "there is no such model for this token (status 404); check the spelling"
     if status is not None:

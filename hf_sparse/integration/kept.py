@@ -29,10 +29,12 @@ class Kept:
         shares: float64 ``[P, H]`` of each layer: of each pattern and head the share of attention that falls on pairs which the
             pattern allows, mean over real queries; NaN where ``unkept_reason`` gives a reason.
         shapes: heads, key and value heads, and width of a head of each layer.
+        calls: how often the model called each layer: ALBERT has one that is called as often as others have layers.
     """
 
     shares: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 def unkept_reason(pattern: Pattern | None) -> str | None:
@@ -59,7 +61,8 @@ def noting_kept(model: PreTrainedModel, patterns: Mapping[str, Sequence[Pattern 
         patterns: of each self-attention layer, by its name in an entry; None keeps everything.
 
     Yields:
-        What is noted. A call of the model replaces what the one before it left, of a layer that is called once.
+        What is noted. A call of the model replaces what the one before it left; of a layer that is called several times it is
+        the mean over its calls.
 
     Raises:
         ValueError: from the model's call, if its attention cannot be computed (softcap, sinks, a foreign mask).
@@ -98,10 +101,16 @@ def noting_kept(model: PreTrainedModel, patterns: Mapping[str, Sequence[Pattern 
         if name is not None:
             hidden = getattr(module, "_sparse_hidden", None) if sparse_hidden_states is None else sparse_hidden_states
             call = _Call(module, hidden, query, key, mask, window, scaling, position_bias, int(name.rpartition(".")[2]))
-            kept.shares[name] = torch.stack([call.share(pattern) for pattern in patterns[name]])
+            shares = torch.stack([call.share(pattern) for pattern in patterns[name]])
+            calls = kept.calls[name] = kept.calls.get(name, 0) + 1
+            kept.shares[name] = shares if calls == 1 else kept.shares[name] + (shares - kept.shares[name]) / calls
             kept.shapes[name] = query.shape[1], key.shape[1], query.shape[3]
         return out.transpose(1, 2).contiguous(), None
 
+    def begin(*_: Any) -> None:
+        kept.calls.clear()
+
+    handle = model.register_forward_pre_hook(begin)
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, attend_and_note)
     AttentionMaskInterface.register(_NAME, sparse_mask)
@@ -109,6 +118,7 @@ def noting_kept(model: PreTrainedModel, patterns: Mapping[str, Sequence[Pattern 
         model.set_attn_implementation(_NAME)
         yield kept
     finally:
+        handle.remove()
         model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(_NAME, None)
         AttentionMaskInterface._global_mapping.pop(_NAME, None)

@@ -1,5 +1,6 @@
 """Pushing a sparse model: its weights, and a card that says what it reads and how to load it."""
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,8 +48,11 @@ def push_model(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         # what stands there already; else what came along with a local checkpoint
         held = readme_of(repository, token) or (readme_of(origin) if Path(origin).is_dir() else None)
-        card = model_card(model, folder, place=repository, tags=tags)
-        (folder / _README).write_text(card.text(held, source=readme_of(origin, token)), encoding="utf-8")
+        card, source = model_card(model, folder, place=repository, tags=tags), readme_of(origin, token)
+        if source is None:
+            # a folder that is gone looks like an id
+            card = dataclasses.replace(card, base_model=None)
+        (folder / _README).write_text(card.text(held, source=source), encoding="utf-8")
         return push_folder(folder, repository, **settings)
 
 

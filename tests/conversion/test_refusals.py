@@ -348,7 +348,7 @@ def test_a_file_that_may_not_be_read(bert: Path, room: Path, monkeypatch: pytest
 def test_the_current_folder_is_not_replaced(bert: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (room / "mine.txt").write_text("mine")
     monkeypatch.chdir(room)
-    with pytest.raises(ConversionError, match="is not replaced: it holds the current folder"):
+    with pytest.raises(ConversionError, match="is the current folder, which would be replaced; choose one in it"):
         hf_sparse.convert(bert, room, BAND, overwrite=True)
     assert tree(room) == {"mine.txt": b"mine"}
 
