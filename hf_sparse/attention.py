@@ -213,9 +213,8 @@ def sparse_attention(
         out = with_unused(out, state)
     else:
         rows = None
-        may_fold = (
-            backend == "auto" and terms.is_plain and query_positions is None and not torch.compiler.is_compiling()
-        )
+        has_positions = query_positions is not None or key_positions is not None
+        may_fold = backend == "auto" and terms.is_plain and not has_positions and not torch.compiler.is_compiling()
         if may_fold and can_fold(state):
             rows = FewRows(pattern, scope, state, hidden_states, masks[:3])
         if rows is not None and rows.is_worth_it:

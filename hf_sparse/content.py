@@ -156,7 +156,8 @@ def _attend(
     if words is not None and key.shape[2] > tokens:
         # what is no token has words of its own
         generator = torch.Generator().manual_seed(int(words[1].sum()) % 2**32)
-        more = torch.empty(key.shape[2] - tokens, dtype=torch.int32).random_(-(1 << 31), 1 << 31, generator=generator)
+        more = torch.empty(key.shape[2] - tokens, dtype=torch.int32, device="cpu")
+        more.random_(-(1 << 31), 1 << 31, generator=generator)
         words = words[0], torch.cat([words[1], more.to(words[1].device)])
     slots = SlotCall(assignment, heads, call.is_causal, call.scale, positions, call.dropout, words, parts)
     if call.backend == "flex":

@@ -167,7 +167,7 @@ class FewRows:
         """Return bool ``[B, H, g, S]``: what each row reads."""
         same = self.sequence[:, self.at, None] == self.sequence[:, None, :]
         if self.scope.is_causal:
-            same = same & (torch.arange(same.shape[2]) <= self.at[:, None])
+            same = same & (torch.arange(same.shape[2], device="cpu") <= self.at[:, None])
         return (self.is_own[..., None] & same[:, None]).to(device)
 
     def _rows(self, seed: Tensor | None, *, scale: float, dropout: float) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,8 @@ def places(segment: Segment, tokens: int, nodes: int) -> slice | Tensor:
     first = tokens + segment.first_node
     if not nodes or segment.stop == first:
         return slice(segment.start, segment.stop + nodes)
-    return torch.cat([torch.arange(segment.start, segment.stop), torch.arange(first, first + nodes)])
+    stretches = (segment.start, segment.stop), (first, first + nodes)
+    return torch.cat([torch.arange(*stretch, device="cpu") for stretch in stretches])
 
 
 def find_segments(

@@ -144,6 +144,8 @@ def _of_folder(folder: Path, names: dict[str, str], streamed: set[str]) -> dict[
         before.append(path)
     if not files:
         raise RecipeError(f"{folder} holds no {', '.join(_READERS)} file")
+    for name in set(names.values()) & set(files):
+        _check_parts(folder, files[name])
     held: dict[str, Any] = dict.fromkeys(files)
     for name in set(names.values()) & set(files):
         path, parts = files[name][0], [str(part) for part in files[name]]
@@ -173,6 +175,20 @@ def _rows_of(path: str) -> int:
 
 def _is_part(path: Path) -> bool:
     return path.is_file() and _PART.search(path.stem) is not None
+
+
+def _check_parts(folder: Path, paths: list[Path]) -> None:
+    """Check that no part of a split is missing, and that all are of one kind."""
+    found = [_PART.search(path.stem) for path in paths if path.is_file()]
+    if not any(found):
+        return
+    count = int(found[0][0].rpartition("-")[2])  # type: ignore[index]
+    wanted = [f"-{i:05d}-of-{count:05d}" for i in range(count)]
+    if [part and part[0] for part in found] != wanted or len({path.suffix for path in paths}) > 1:
+        raise RecipeError(
+            f"{folder} holds {', '.join(path.name for path in paths)}, which are not all {count} parts of a split; fetch it "
+            "again, or remove what is of another"
+        )
 
 
 def _of_hub(arguments: RecipeArguments, names: dict[str, str], streamed: set[str]) -> dict[str, Any]:

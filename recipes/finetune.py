@@ -109,7 +109,7 @@ def _readers(name: str, arguments: RecipeArguments) -> list[Reader]:
     """Return the model and the baselines that are asked for."""
     config = _config(arguments.model)
     if getattr(config, "sparse_attention", None) is None:
-        of_images = f"--pattern image_2d --image-size {2 * getattr(config, 'image_size', 224)}"
+        of_images = "--pattern image_2d --image-size 512"
         of_texts = f"--pattern longformer --max-length {arguments.max_length or 4096}"
         raise RecipeError(
             f"{arguments.model} is dense; convert it first: hf-sparse convert {arguments.model} "

@@ -40,7 +40,7 @@ def cached_layout(
         ValueError: if what the pattern is made of changes with the length of a segment.
     """
     # it may serve a backward pass later, whatever runs now
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         rule = Rule(pattern, scope, [(s.stop - s.start, s.global_positions) for s in segments])
         return _Builder(rule, segments, distinct, scope, rows).build().spread(batch, scope.heads, device)
 

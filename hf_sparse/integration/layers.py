@@ -106,14 +106,16 @@ def closed_module(model: nn.Module) -> str | None:
         parts = path.split(".")
         for stop in range(1, len(parts) + 1):
             module = named[".".join(parts[:stop])]
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not _passes_on(type(module)):
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not _passes_on(module):
                 return type(module).__name__
     return None
 
 
-def _passes_on(cls: type[nn.Module]) -> bool:
-    """Say whether a forward takes further arguments and reads them: Nemotron's layers take them and leave it at that."""
-    function = inspect.unwrap(cls.forward)
+def _passes_on(module: nn.Module) -> bool:
+    """Say whether a module takes further arguments and reads them: Nemotron's layers take them and leave it at that."""
+    # a compiled module stands around it
+    module = getattr(module, "_orig_mod", module)
+    function = inspect.unwrap(module.__dict__.get("forward", type(module).forward))
     takes = inspect.signature(function).parameters.values()
     name = next((one.name for one in takes if one.kind is inspect.Parameter.VAR_KEYWORD), None)
     loads = (one for one in dis.get_instructions(function) if one.opname.startswith("LOAD"))
@@ -318,7 +320,7 @@ def _own_state(module: nn.Module, pattern: Pattern) -> bool:
     weight = next(module.parameters())
     dtype = torch.get_default_dtype() if _is_quantized(weight) else weight.dtype
     module.sparse_state = state.to(device=weight.device, dtype=dtype)
-    hand_over = _pass_hidden_states_on if _passes_on(type(module)) else _keep_hidden_states
+    hand_over = _pass_hidden_states_on if _passes_on(module) else _keep_hidden_states
     module.register_forward_pre_hook(hand_over, with_kwargs=True)
     return True
 

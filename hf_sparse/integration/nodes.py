@@ -24,6 +24,10 @@ from hf_sparse.patterns import Pattern
 # behind which of a base model's parts nodes are put: the first that it has; and of an encoder beside a decoder
 _EMBEDDINGS = ("encoder.embedding_hidden_mapping_in", "embeddings_project", "embeddings")
 _OF_ENCODER = ("layernorm_embedding",)
+# no thread has this number
+_NOBODY = 0
+# in each thread, the nodes of the model whose pass is under way there
+_BEGUN = threading.local()
 
 
 class Nodes(nn.Module):
@@ -43,10 +47,9 @@ class Nodes(nn.Module):
         self.pattern = pattern
         self.is_read = is_read
         self.weight = nn.Parameter(torch.empty(pattern.num_node_vectors, hidden_size))
-        # of the pass under way: what was given about the tokens, and how many there are once that is known
-        self._given: dict[str, Tensor | None] = {}
+        # of the pass under way: its thread and what was given about the tokens, and how many there are once that is known
+        self._pass: tuple[int | None, dict[str, Tensor | None]] = _NOBODY, {}
         self._tokens: int | None = None
-        self._owner: int | None = None
         # what keep_nodes collects
         self._kept: list[Tensor] | None = None
 
@@ -130,8 +133,11 @@ class Nodes(nn.Module):
                 f"{tuple(getattr(mask, 'shape', ())) or type(mask).__name__}"
             )
         is_real = None if mask is None else mask != 0
-        self._given, self._tokens = {"is_real": is_real, "document_ids": documents, "segment_ids": segments}, None
-        self._owner = None if torch.compiler.is_compiling() else threading.get_ident()
+        owner = None if torch.compiler.is_compiling() else threading.get_ident()
+        if owner is not None:
+            _BEGUN.by = self
+        self._pass = owner, {"is_real": is_real, "document_ids": documents, "segment_ids": segments}
+        self._tokens = None
         return args, kwargs
 
     def _documents(self, given: Mapping[str, Any]) -> Tensor | None:
@@ -149,29 +155,38 @@ class Nodes(nn.Module):
             refuse_packed(self.pattern)
         return None
 
-    def _check_owner(self) -> None:
-        """Refuse a pass into which another thread has come: what is kept is of one pass."""
-        if not torch.compiler.is_compiling() and self._owner not in (None, threading.get_ident()):
+    def _own_pass(self) -> dict[str, Tensor | None]:
+        """Return what the pass under way was given.
+
+        Raises:
+            RuntimeError: if another thread has come in: what is kept is of one pass.
+        """
+        owner, given = self._pass
+        if torch.compiler.is_compiling() or owner in (None, threading.get_ident()):
+            return given
+        # embeddings that run by themselves are of no pass
+        if owner != _NOBODY or getattr(_BEGUN, "by", None) is self:
             raise RuntimeError(
                 f"two threads run a model with pattern {self.pattern.key!r} at a time, which keeps its nodes in one place; "
                 "give each thread a copy, or let them wait for one another"
             )
+        return given
 
     def _append(self, _module: nn.Module, _args: tuple[Any, ...], embedded: Any) -> Any:
-        self._check_owner()
+        given = self._own_pass()
         self._tokens = embedded.shape[1]
         if not self._tokens:
             raise ValueError(
                 f"pattern {self.pattern.key!r} has nodes that start as means of tokens, and there are none"
             )
-        for name, ids in self._given.items():
+        for name, ids in given.items():
             if ids is not None and ids.shape != embedded.shape[:2]:
                 said = "attention_mask" if name == "is_real" else name
                 raise ValueError(f"{said} must have shape {list(embedded.shape[:2])}, got {list(ids.shape)}")
-        return torch.cat([embedded, self(embedded, **self._given)], 1)
+        return torch.cat([embedded, self(embedded, **given)], 1)
 
     def _pool(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        self._check_owner()
+        self._own_pass()
         hidden, at = output[0], self._tokens
         pooled = torch.cat([hidden[:, at : at + 1], hidden[:, 1:]], 1)  # type: ignore[operator]
         if isinstance(output, dict):
@@ -183,9 +198,14 @@ class Nodes(nn.Module):
 
     def _take_off(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if output is not None:
-            self._check_owner()
-        tokens, self._given, self._tokens = self._tokens, {}, None
-        if tokens is None or output is None:
+            self._own_pass()
+        if not torch.compiler.is_compiling():
+            _BEGUN.by = None
+        if output is None:
+            # the pass has failed; what is kept may be another's
+            return output
+        tokens, self._pass, self._tokens = self._tokens, (None if torch.compiler.is_compiling() else _NOBODY, {}), None
+        if tokens is None:
             return output
         total = tokens + self.pattern.num_nodes(tokens)
         if self._kept is not None:

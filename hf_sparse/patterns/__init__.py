@@ -104,7 +104,7 @@ def pattern_from_json(text: str) -> Pattern:
     return pattern_from_dict(json.loads(text))
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=256)
 def parts_of(pattern: Pattern, scope: Scope) -> tuple[Part, ...]:
     """Return ``pattern.parts(scope)``; equal calls get the same objects, whatever device or mode is the default."""
     with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):

@@ -50,6 +50,12 @@ class _Language(Task):
             raise RecipeError(
                 f"pattern {shared[0]!r} has nodes that the documents of a joined row would share; pass --packing false"
             )
+        closed = model.__dict__.get("_sparse_closed") if patterns_of(model) else None
+        if closed is not None and self.arguments.packing:
+            raise RecipeError(
+                f"{type(model).__name__} cannot be told where documents of a joined row begin: {closed} of transformers passes "
+                "nothing on; pass --packing false"
+            )
         return model
 
     def encode(self, split: Any, kind: str, tokenizer: Any, reading: Reading) -> Any:

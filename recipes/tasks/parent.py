@@ -132,6 +132,12 @@ class Task:
         patterns = patterns_of(model)
         has_marks = any(pattern.has_global_tokens for pattern in patterns)
         segmented = next((pattern for pattern in patterns if pattern.takes_segments), None)
+        closed = model.__dict__.get("_sparse_closed") if patterns else None
+        if closed is not None and (has_marks or segmented is not None):
+            raise RecipeError(
+                f"{type(model).__name__} cannot be told which tokens are global: {closed} of transformers passes nothing on; "
+                "convert it with a pattern that has none, such as band"
+            )
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
             batch = self.collate(rows, tokenizer, reading)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AttentionInterface, AutoModel, AutoModelForMaskedLM
 
 import hf_sparse
 from hf_sparse.patterns import Pattern
@@ -319,6 +319,8 @@ def test_a_compiled_model_says_the_same(name: str) -> None:
 
 
 def test_a_name_serves_a_dense_model() -> None:
+    # another test may have heard it
+    AttentionInterface._global_mapping["hf_sparse:reformer"].has_warned = False
     model: Any = tiny_model("Bert", attn_implementation="hf_sparse:reformer")
     with pytest.warns(UserWarning, match="lasts for this process only"):
         out = said(model, **tiny_batch(N))

@@ -149,6 +149,16 @@ def test_layers_that_take_further_arguments_and_leave_it_at_that_are_closed(mode
         model(input_ids=ids, position_ids=torch.arange(20)[None] % 10)
 
 
+def test_compiled_layers_pass_on_what_they_are_given() -> None:
+    model: Any = tiny_of_type("llama")
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    hf_sparse.sparsify_(model, BAND)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        apart = model(input_ids=ids, document_ids=torch.arange(20)[None] // 10).logits
+        assert (apart - model(input_ids=ids).logits).abs().max() > 1e-3
+
+
 def test_weights_that_were_loaded_do_not_mind_quantized_ones_beside_them() -> None:
     model: Any = hf_sparse.sparsify_(tiny_model("Bert"), hf_sparse.pattern("longformer", window=8))
     modules = [layer.attention.self for layer in model.encoder.layer]

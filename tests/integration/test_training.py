@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -257,24 +258,28 @@ def test_rotary_decoders_are_trained_under_autocast(model_type: str) -> None:
 PARKED = hf_sparse.pattern("longformer", window=8, global_tokens=(0,))
 
 
+def come_in(module: torch.nn.Module, call: Callable[[], Any]) -> list[Any]:
+    """Let another thread make a call when a module next runs, before that is done; return a list that gets what it returns."""
+    found: list[Any] = []
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(call).result())
+
+    handle = module.register_forward_hook(hook)
+    return found
+
+
 def test_two_threads_run_one_model() -> None:
     model = hf_sparse.sparsify_(tiny_model("Bert"), PARKED)
     batches = [tiny_batch(40, rows=2, seed=seed) for seed in range(2)]
-    module = model.encoder.layer[0].attention.self
     with torch.no_grad():
         wanted = [model(**batch).last_hidden_state for batch in batches]
-        # between the layer and its attention function, where another thread comes in
-        other: list[Tensor] = []
-
-        def come_in(*_: Any) -> None:
-            if not other:
-                other.append(torch.empty(0))
-                with ThreadPoolExecutor(1) as pool:
-                    other[0] = pool.submit(lambda: model(**batches[1]).last_hidden_state).result()
-
-        handle = module.query.register_forward_hook(come_in)
+        # between the layer and its attention function
+        inside = model.encoder.layer[0].attention.self.query
+        other = come_in(inside, lambda: model(**batches[1]).last_hidden_state)
         assert torch.equal(model(**batches[0]).last_hidden_state, wanted[0])
-        handle.remove()
     assert torch.equal(other[0], wanted[1])
 
 
@@ -283,20 +288,27 @@ def test_threads_that_would_share_nodes_are_told_so() -> None:
     batches = [tiny_batch(40, rows=2, seed=seed) for seed in range(2)]
     with torch.no_grad():
         wanted = model(**batches[1]).last_hidden_state
-        other: list[Tensor] = []
-
-        def come_in(*_: Any) -> None:
-            if not other:
-                other.append(torch.empty(0))
-                with ThreadPoolExecutor(1) as pool:
-                    other[0] = pool.submit(lambda: model(**batches[1]).last_hidden_state).result()
-
-        model.embeddings.word_embeddings.register_forward_hook(come_in)
+        other = come_in(model.embeddings.word_embeddings, lambda: model(**batches[1]).last_hidden_state)
         with pytest.raises(RuntimeError, match="two threads run a model with pattern 'star' at a time"):
             model(**batches[0])
         assert torch.equal(other[0], wanted)
         # and it goes on
         assert torch.equal(model(**batches[1]).last_hidden_state, wanted)
+
+
+def test_a_pass_that_fails_leaves_the_nodes_of_another_thread_alone() -> None:
+    model = hf_sparse.sparsify_(tiny_model("Bert"), hf_sparse.pattern("star"))
+    batch = tiny_batch(40)
+
+    def fail() -> None:
+        with pytest.raises(ValueError, match=r"needs a padding mask \[batch, tokens\]"):
+            model(input_ids=batch["input_ids"], attention_mask=torch.ones(2, 1, 40, dtype=torch.int64))
+
+    with torch.no_grad():
+        wanted = model(**batch).last_hidden_state
+        other = come_in(model.embeddings.word_embeddings, fail)
+        assert torch.equal(model(**batch).last_hidden_state, wanted)
+    assert other == [None]
 
 
 def test_a_model_that_is_seen_dense_keeps_no_hidden_states() -> None:

@@ -79,12 +79,29 @@ def test_the_default_device_and_dtype_change_nothing(pattern: hf_sparse.Pattern,
         torch.set_default_dtype(torch.float32)
 
 
-def test_rows_of_global_tokens_are_found_whatever_device_is_the_default() -> None:
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_rows_of_global_tokens_are_found_whatever_device_is_the_default(is_causal: bool) -> None:
     query, key, value = tensors()
     state, hidden = owned(LONGFORMER, query)
-    wanted = hf_sparse.sparse_attention(query, key, value, LONGFORMER, state=state, hidden_states=hidden)
+    given = {"state": state, "hidden_states": hidden, "is_causal": is_causal}
+    wanted = hf_sparse.sparse_attention(query, key, value, LONGFORMER, **given)
     with torch.device("meta"):
-        found = hf_sparse.sparse_attention(query, key, value, LONGFORMER, state=state, hidden_states=hidden)
+        found = hf_sparse.sparse_attention(query, key, value, LONGFORMER, **given)
+    assert torch.equal(found, wanted)
+
+
+def test_nodes_behind_padding_are_found_whatever_device_is_the_default() -> None:
+    pattern = hf_sparse.pattern("star")
+    query, key, value = tensors(N + pattern.num_nodes(N))
+    state, hidden = owned(pattern, query)
+    real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool)
+    real[0, 30:N] = False
+    given = {"state": state, "hidden_states": hidden, "key_padding_mask": real, "dropout": 0.25}
+    torch.manual_seed(0)
+    wanted = hf_sparse.sparse_attention(query, key, value, pattern, **given)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        found = hf_sparse.sparse_attention(query, key, value, pattern, **given)
     assert torch.equal(found, wanted)
 
 
@@ -116,10 +133,10 @@ def test_projections_of_global_tokens_go_by_positions(shift: int) -> None:
         *(query, key, value, LONGFORMER),
         state=state,
         hidden_states=hidden,
-        query_positions=at,
         key_positions=at,
     )
     torch.testing.assert_close(call(), call(backend="gather"))
+    torch.testing.assert_close(call(query_positions=at), call(query_positions=at, backend="gather"))
 
 
 def test_what_does_not_fit_is_refused() -> None:

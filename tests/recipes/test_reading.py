@@ -1,5 +1,7 @@
 """Documents as models read them: cut, in chunks whose outputs are put together, joined into rows, masked."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,21 @@ import transformers
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+import hf_sparse
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipes import documents
 from hf_sparse.recipes.arguments import RecipeArguments
 from hf_sparse.recipes.chunks import read_in_chunks_
 from hf_sparse.recipes.documents import read_splits, some_of
+from hf_sparse.recipes.finetune import finetune
 from hf_sparse.recipes.reading import Reading, pad, tokenize
 from hf_sparse.recipes.tasks.answer import Answering
 from hf_sparse.recipes.tasks.language import masked, packed
 from hf_sparse.recipes.tasks.retrieve import Retrieval
+from tests.recipe_cases import arguments, plain, write
 from tests.support.checkpoints import write_tokenizer
 from tests.support.models import tiny_model
+from tests.support.zoo import tiny_of_type
 
 TEXT = "the river reads a page of the long word every stone"
 
@@ -267,3 +273,38 @@ def test_a_configuration_of_a_dataset_may_be_named(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RecipeError, match="org/things has no split 'train2'; it has train"):
         read_splits(RecipeArguments("m", "org/things", "o", dataset_config="de", **names), ("text",))
     assert asked_for == [("org/things", None), ("org/things", "de")]
+
+
+def test_layers_that_pass_nothing_on_are_said_before_anything_is_trained(checkpoints: Path, tmp_path: Path) -> None:
+    tiny_of_type("stablelm", vocab_size=600).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(checkpoints / "dense").save_pretrained(tmp_path / "dense")
+    dataset = write(tmp_path / "data", plain)
+    pattern = hf_sparse.pattern("band", radius=8)
+    for name, one in (("sparse", pattern), ("global", pattern | hf_sparse.pattern("global", positions=(0,)))):
+        hf_sparse.convert(tmp_path / "dense", tmp_path / name, one, verify=False)
+    held = arguments(tmp_path, dataset, tmp_path / "run", truncate=True, epochs=1.0)
+    with pytest.raises(RecipeError, match=r"where documents of a joined row begin: .*; pass --packing false"):
+        finetune("clm", held)
+    assert not (tmp_path / "run").exists()
+    (run,) = finetune("clm", dataclasses.replace(held, packing=False))["runs"]
+    assert len(run["losses"]) == 4
+    marked = dataclasses.replace(held, model=str(tmp_path / "global"), output=str(tmp_path / "marked"), packing=False)
+    with pytest.raises(RecipeError, match="cannot be told which tokens are global"):
+        finetune("clm", marked)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002.jsonl"],
+        ["train-00000-of-00002.jsonl", "train-00002-of-00003.jsonl"],
+        ["train-00000-of-00002.jsonl", "train-00001-of-00002.txt"],
+    ],
+)
+def test_parts_that_are_missing_are_noticed(names: list[str], checkpoints: Path, tmp_path: Path) -> None:
+    dataset = Path(write(tmp_path / "data", plain))
+    for name in names:
+        shutil.copy(dataset / "train.jsonl", dataset / name)
+    (dataset / "train.jsonl").unlink()
+    with pytest.raises(RecipeError, match="which are not all 2 parts of a split; fetch it again"):
+        finetune("mlm", arguments(checkpoints, str(dataset), tmp_path / "run"))
