@@ -309,7 +309,9 @@ def test_a_sorting_net_that_is_too_small_says_so() -> None:
         small.check(num_layers=2, num_heads=4, length=256)
 
 
-@pytest.mark.parametrize("name", ["reformer", "routing", "sinkhorn", "sac"])
+@pytest.mark.parametrize(
+    "name", ["reformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("routing", "sinkhorn", "sac"))]
+)
 def test_a_compiled_model_says_the_same(name: str) -> None:
     model, batch = sparse(PATTERNS[name]), tiny_batch(N)
     torch._dynamo.reset()

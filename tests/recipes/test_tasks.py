@@ -251,7 +251,7 @@ def test_a_language_head_that_is_new_is_trained_beside_adapters(checkpoints: Pat
     ("key", "settings", "fields"),
     [
         ("routing", {"num_clusters": 4, "decay": 0.5}, {}),
-        ("sac", {}, {}),
+        pytest.param("sac", {}, {}, marks=pytest.mark.slow),
         ("etc", {"radius": 16, "num_global": 16, "segments": "given"}, {"cpc": 0.5}),
     ],
 )
